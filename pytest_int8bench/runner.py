@@ -1,4 +1,4 @@
-"""The Python API: configure a sweep in an object and run it through pytest.
+"""The Python API: configure a sweep with an object and run it through pytest.
 
 >>> config = ThroughputBenchmarkRunnerConfig(
 ...     default_run_params=RunParams(int8_enabled=True), sweep_keys=["int8_mode"]
@@ -54,7 +54,7 @@ class ThroughputBenchmarkRunnerConfig:
     """A sweep around one point. Set exactly one of ``sweep_keys`` and ``sweep_dict``."""
 
     default_run_params: RunParams | None = None
-    """The point whose fields are kept unless swept; ``RunParams()`` by default."""
+    """The point that provides the fields that are not swept; ``RunParams()`` by default."""
     sweep_keys: Sequence[str] | None = None
     """Names of sweeps, which are keys of ``SWEEPS``."""
     sweep_dict: Mapping[str, Sequence[Any]] | None = None
@@ -66,8 +66,8 @@ class ThroughputBenchmarkRunnerConfig:
     prefix of the file names; ``throughput`` by default."""
     save_folder: str | os.PathLike[str] | None = None
     """Folder for the JSON and the journals, created if it does not exist. Several runners may use
-    one folder at once. If a process is killed, the JSON has its results but not its rounds.
-    By default, journals go to ``.benchmarks/int8bench`` in ``work_dir``, and no JSON is written."""
+    one folder at once. If a process is killed, the JSON contains its results but not its rounds. By
+    default, journals go to ``.benchmarks/int8bench`` in ``work_dir``, and no JSON is written."""
     work_dir: str | os.PathLike[str] = "."
     """Folder in which the benchmarks run, created if it does not exist."""
     workload: str = "olmoearth"
@@ -154,17 +154,17 @@ class ThroughputBenchmarkRunner:
     def run(self) -> list[Result]:
         """Measure the points while pytest prints its progress.
 
-        A point that fails, runs out of memory or is not supported gives a result with its status
+        A point that fails, runs out of memory or is not supported yields a result with its status
         and reason. A point that kills its process is ``failed``, and the remaining points run in a
-        new process. Each point is written to a journal as soon as it is finished, so Ctrl-C does
-        not lose it. It is returned even if the disk fails.
+        new process. Each result is written to a journal as soon as the point is finished, so Ctrl-C
+        does not lose it. Results are returned even if the disk fails.
 
         Returns:
             One result for each point that ran, in the order of ``points``.
 
         Raises:
             RunnerError: if pytest could not run at all, or ``save_folder`` or ``work_dir`` cannot
-                be written for a reason that does not pass, unlike a full disk.
+                be written for a permanent reason (a full disk is considered temporary).
             KeyboardInterrupt: on Ctrl-C, after the finished points are saved.
             SystemExit: on SIGTERM and SIGHUP, after the finished points are saved, if this runs in
                 the main thread of a program that does not handle these signals.
@@ -246,8 +246,8 @@ class ThroughputBenchmarkRunner:
             show(f"int8bench: {problem}", error=True)
 
     def _run_pytest(self, handover: Handover) -> tuple[int, bool]:
-        """Run the points of ``handover``. Return the exit code, negative for a signal, and whether
-        Ctrl-C interrupted this process."""
+        """Run the points of ``handover``. Return pytest's exit code, negative if a signal ended it,
+        and whether Ctrl-C interrupted this process."""
         measuring = {name: getattr(self.points[0], name) for name in MEASURING_FIELDS}
         sets = [f"--int8-set={k}={v}" for k, v in measuring.items()]
         command = [sys.executable, "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}"]
@@ -266,7 +266,7 @@ class ThroughputBenchmarkRunner:
             return INTERRUPTED, True
 
     def _killed(self, run_name: str, code: int, workload: str | None) -> Result:
-        """Return a failed result for the point that killed its process."""
+        """Return a result of status ``failed`` for the point that killed its process."""
         params = next(point for point in self.points if point.run_name == run_name)
         return Result(
             nodeid=f"test_throughput.py::test_throughput[{params.run_name}]",

@@ -1,9 +1,9 @@
-"""Run the operators on a CUDA device: keep a launch for each kind of call, and repeat it.
+"""Run the operators on a CUDA device, and keep the launch of each kind of call to repeat it.
 
-Triton looks at every argument of every call to find the kernel that was compiled for it, which
-takes the host longer than the launch, and often longer than the GPU computes. Here it does so once
-for each kind of call; the result is kept as a :class:`.launch.Launch` and repeated. Which kernel
-runs is decided in :mod:`.dispatch`.
+Triton inspects every argument of every call to find the kernel that was compiled for it. On the
+host, that takes longer than the launch, and often longer than the GPU needs to run the kernel. Here
+it does so once per kind of call; the result is kept as a :class:`.launch.Launch` and repeated.
+:mod:`.dispatch` decides which kernel runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pytest_int8bench.kernels.schema import Four, Three
 from pytest_int8bench.kernels.tile_types import ALIGNMENT, KEY_BLOCK, Heads, Problem, Tile
 from pytest_int8bench.kernels.triton.dequantize import AT_ONCE
 
-#: Kinds of calls that are kept: models with a dynamic batch have one for each of its sizes.
+#: Number of launches to keep: a model with a dynamic batch size has one per size and kind of call.
 _KEPT = 4096
 _kept: dict[tuple[Any, ...], Launch] = {}
 
@@ -36,8 +36,8 @@ def quantize_rows(
     factor: torch.Tensor | None,
     keep: bool,
 ) -> Three | None:
-    """Run the kernel of :func:`.ops.quantize_rows`; x on the current device. Return None if no
-    kernel accepts rows of that length."""
+    """Run the kernel of :func:`.ops.quantize_rows`; ``x`` must be on the current device. Return
+    None if no kernel accepts rows of that length."""
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     kept = torch.empty(x.shape if keep else (0,), dtype=x.dtype, device=x.device)
@@ -82,11 +82,12 @@ def linear(
     kernel: str,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Run a kernel of :func:`.ops.linear`; q on the current device.
+    """Run a kernel of :func:`.ops.linear`; ``q`` must be on the current device.
 
     Args:
-        kernel: the name of the preferred kernel; operands that it does not accept take the next.
-        tile: the tiles, instead of those that :mod:`.tiles` chooses.
+        kernel: the name of the preferred kernel; if it does not accept the operands, the next one
+            that does runs instead.
+        tile: the tiles to use instead of those that :mod:`.tiles` chooses.
     """
     n, k = weight.shape
     out = torch.empty((*q.shape[:-1], n), dtype=dtype, device=q.device)
@@ -121,7 +122,7 @@ def linear(
         else:
             timed = None if recording else lambda: operands
             launch = dispatch.matmul_launch(kernels, q.device, *what, timed)
-        # While a CUDA graph is recorded, the tiles may be a guess.
+        # Do not keep tiles chosen while a CUDA graph is recorded: they may be a guess.
         if tile is None and not recording:
             _keep(key, launch)
     launch(*operands)
@@ -131,7 +132,7 @@ def linear(
 def dequantize(
     weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """Run the kernel of :func:`.ops.dequantize`; the tensors on the current device."""
+    """Run the kernel of :func:`.ops.dequantize`; the tensors must be on the current device."""
     outs = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
     whole = [
         (weight.contiguous(), scale.contiguous(), out)
@@ -159,7 +160,7 @@ def quantize_heads(
     q_turn: Sequence[torch.Tensor],
     k_turn: Sequence[torch.Tensor],
 ) -> Four:
-    """Run the kernel of :func:`.ops.quantize_heads`; the tensors on the current device."""
+    """Run the kernel of :func:`.ops.quantize_heads`; the tensors must be on the current device."""
     heads = Heads.of(q, k)
     q, k = _adjacent(q), _adjacent(k)
     q8 = torch.empty((*q.shape[:3], heads.padded), dtype=torch.int8, device=q.device)
@@ -176,7 +177,7 @@ def quantize_heads(
 def rotate_heads(
     heads: Sequence[torch.Tensor], rotation: str, turn: Sequence[torch.Tensor], rows_first: bool
 ) -> list[torch.Tensor]:
-    """Run the kernel of :func:`.ops.rotate_heads`; the tensors on the current device."""
+    """Run the kernel of :func:`.ops.rotate_heads`; the tensors must be on the current device."""
     q, k = [*map(_adjacent, heads), None][:2]
     assert q is not None
     outs = [reference.empty_heads(x, rows_first) for x in heads]
@@ -186,7 +187,8 @@ def rotate_heads(
 
 
 def _turn(turn: Sequence[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor | None]:
-    """Return both tensors that describe the rotation of ``x``, broadcast; None without them."""
+    """Return the two tensors that describe the rotation of ``x``, broadcast to its rows; None for
+    each that is missing."""
     sizes = [x.shape[2] if part.shape[2] == 1 else -1 for part in turn]
     parts = zip(turn, sizes, strict=True)
     whole = [_adjacent(part.expand(*x.shape[:2], rows, -1)) for part, rows in parts]
@@ -221,7 +223,7 @@ def int8_attention(
     v: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Run the kernel of :func:`.ops.int8_attention`; the tensors on the current device."""
+    """Run the kernel of :func:`.ops.int8_attention`; the tensors must be on the current device."""
     v = _adjacent(v)
     batch, count, rows, _ = q.shape
     heads = Heads(batch, count, v.shape[1], rows, v.shape[2], v.shape[3])
@@ -241,7 +243,7 @@ def int8_attention(
 def short_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
 ) -> torch.Tensor:
-    """Run the kernel of :func:`.ops.short_attention`; the tensors on the current device."""
+    """Run the kernel of :func:`.ops.short_attention`; the tensors must be on the current device."""
     q, k, v = map(_adjacent, (q, k, v))
     heads = Heads.of(q, k)
     out = torch.empty(
@@ -260,7 +262,7 @@ def short_attention(
 
 
 def _adjacent(x: torch.Tensor) -> torch.Tensor:
-    """Return ``x`` with adjacent columns, a copy where it must be."""
+    """Return ``x`` with adjacent columns, as a copy only if necessary."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -271,7 +273,7 @@ def _keep(key: tuple[Any, ...], launch: Launch) -> None:
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return ``x`` with adjacent columns, a copy where it must be, and the stride of its rows."""
+    """Return ``x`` with adjacent columns, as a copy only if necessary, and its row stride."""
     if x.is_contiguous():
         return x, x.shape[-1]
     rows = x.reshape(-1, x.shape[-1])
@@ -281,8 +283,8 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def _kinds(tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
-    """Return what of tensors Triton compiles a kernel for, beside numbers: which there are, their
-    dtypes, and whether their addresses are aligned."""
+    """Return the properties of tensors for which Triton compiles separate kernels: which tensors
+    are given, their dtypes, and whether their addresses are aligned."""
     return tuple(
         [
             None if tensor is None else (tensor.dtype, tensor.data_ptr() % ALIGNMENT == 0)

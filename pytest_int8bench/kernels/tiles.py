@@ -1,5 +1,5 @@
-"""Choose the tiles that a kernel runs with: by a small measured table, and by tuning for devices
-that the table does not cover.
+"""Choose the tiles that a kernel runs with: from a small table of measurements, or by tuning on
+devices that the table does not cover.
 
 Importing this module does not load torch (see :mod:`.dispatch`).
 """
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 #: Columns of the longest row that stays in registers; longer rows take plain torch.
 MAX_COLUMNS = 32768
 
-# Measured on an H200 (132 multiprocessors), Triton 3.6, for widths of 768 and 1024. Two programs
-# of one multiprocessor beat one with larger tiles: one stores while the other multiplies.
+# Measured on an H200 (132 multiprocessors) with Triton 3.6, for model widths of 768 and 1024. Two
+# programs per multiprocessor beat one with larger tiles: one stores while the other multiplies.
 _WIDE = Product(128, 128, 128, 4, 3, programs_per_sm=2, parts=2, group=4)
 _WIDE_SHALLOW = Product(128, 128, 64, 4, 4, programs_per_sm=3, parts=4)
 _RESIDUAL = Product(128, 128, 128, 8, 3, programs_per_sm=2, parts=4, group=4)
@@ -45,10 +45,12 @@ _MIDDLE_WAVE = Product(64, 128, 128, 4, 4, programs_per_sm=2)
 _SMALL = Product(64, 64, 128, 4, 4, programs_per_sm=3, flatten=False)
 _SMALL_DEEP = Product(64, 64, 256, 4, 3, programs_per_sm=2, flatten=False)
 _TINY = Product(64, 32, 256, 4, 4, programs_per_sm=2, flatten=False)
-# The part of the multiprocessors that must have work, and the columns of one at most.
+# The smallest share of multiprocessors that must have work, and the most tile columns that one
+# program may compute.
 _SPECIALIZED_PART = 0.96
 _SPECIALIZED_PASSES = 3
-# Tiles of both inputs that fit into shared memory, beside two halves of one of the output.
+# Number of input tiles, of A and B together, that fit in shared memory next to two half tiles of
+# the output.
 _INPUT_TILES = 12
 
 TMA_CANDIDATES = (
@@ -63,8 +65,8 @@ TMA_CANDIDATES = (
     _SMALL_DEEP,
     _TINY,
 )
-# Each fits 99 KiB of shared memory (sm86, sm89), and those with 128 x 128 outputs and at most
-# 81 KiB fit twice into the 163 KiB of sm80. Which of them is fastest differs between devices.
+# Each fits in 99 KiB of shared memory (sm86, sm89), and those with 128 x 128 outputs and at most 81
+# KiB fit twice in the 163 KiB of sm80. Which of them is fastest differs between devices.
 POINTER_CANDIDATES = (
     Product(128, 128, 64, 4, 4),
     Product(128, 128, 64, 4, 5),
@@ -81,7 +83,8 @@ POINTER_CANDIDATES = (
     Product(16, 32, 128, 2, 6),
     Product(16, 32, 256, 2, 4),
 )
-# Outputs of a tile that is worth timing for more tiles than multiprocessors, and for fewer.
+# Only tiles with at least the first number of outputs are timed if there are 128 x 128 tiles for
+# all multiprocessors, else only those with at most the second.
 _MANY_FROM, _FEW_UP_TO = 64 * 64, 64 * 128
 
 
@@ -91,8 +94,8 @@ def specialized_tiles(
     device: torch.device,
     time: Callable[[Product], float] | None,
 ) -> Specialized | None:
-    """Return the tiles of the warp-specialized kernel, None if the problem does not suit it; the
-    arguments are those of :func:`pointer_tiles`."""
+    """Return the tiles of the warp-specialized kernel, or None if the problem does not suit it. For
+    the arguments, see :func:`pointer_tiles`."""
     return specialized(problem, devices.multiprocessors(device))
 
 
@@ -102,8 +105,8 @@ def tma_tiles(
     device: torch.device,
     time: Callable[[Product], float] | None,
 ) -> Product:
-    """Return the tiles of the TMA kernel: from a table on sm90, elsewhere the fastest ones; the
-    arguments are those of :func:`pointer_tiles`."""
+    """Return the tiles of the TMA kernel: from a table on sm90, elsewhere by tuning. For the
+    arguments, see :func:`pointer_tiles`."""
     if devices.capability(device) == (9, 0):
         return _hopper(problem, devices.multiprocessors(device))
     return _fastest(TMA_CANDIDATES, name, problem, device, time)
@@ -118,11 +121,11 @@ def pointer_tiles(
     """Return the fastest tiles of the kernel with pointers.
 
     Args:
-        name: the kernel, in the file of tuned tiles.
+        name: the kernel's name in the file of tuned tiles.
         problem: the sizes.
         device: where the kernel runs.
-        time: runs the kernel with given tiles and returns seconds, infinite if they do not fit;
-            None where nothing can be timed now, such as while a CUDA graph is recorded.
+        time: runs the kernel with the given tiles and returns seconds, or infinity if they do not
+            fit; None if nothing can be timed now, such as while a CUDA graph is recorded.
     """
     return _fastest(POINTER_CANDIDATES, name, problem, device, time)
 
@@ -134,9 +137,11 @@ def _fastest(
     device: torch.device,
     time: Callable[[Product], float] | None,
 ) -> Product:
-    """Return the candidate that tuning finds, or once found, fastest."""
+    """Return the fastest candidate: the one saved by an earlier tuning, or found by timing
+    candidates now. If nothing can be timed, return a guess."""
     known = load_tuned(name, device)
-    # The file is data that anybody may have edited: what it holds becomes constants of a kernel.
+    # Accept only candidates from the file: anybody may have edited it, and its values become
+    # constants of a kernel.
     found = next((tile for tile in candidates if tile == known.get(problem.key)), None)
     if found is None:
         if time is None:
@@ -145,17 +150,17 @@ def _fastest(
         seconds = {tile: time(tile) for tile in timed}
         found = min(timed, key=seconds.__getitem__)
         if math.isinf(seconds[found]):
-            return found  # none fits: launching it makes Triton say why
+            return found  # none fits: launching it makes Triton report why
         known[problem.key] = found
         save_tuned(name, device, known)
     return found
 
 
 def specialized(problem: Problem, multiprocessors: int) -> Specialized | None:
-    """Return how the warp-specialized kernel shares out a problem, None if the problem is too small
-    for it or leaves multiprocessors idle.
+    """Return how the warp-specialized kernel distributes a problem, or None if the problem is
+    unsuitable or too small, or if too many multiprocessors would be idle.
 
-    Of the ways that do not, the one with the fewest passes reads the rows least often.
+    The result has the fewest possible passes, and so reads the rows least often.
     """
     tile = SPECIALIZED_TILE
     if problem.n % tile or problem.out_bytes != 2:
@@ -166,7 +171,7 @@ def specialized(problem: Problem, multiprocessors: int) -> Specialized | None:
     stationary = depth <= 8 and not problem.residual
     if stationary:
         stages, buffers = min(_INPUT_TILES - depth, 8), 1
-    elif depth <= 8:  # soon through a tile: half of one must not wait for the other to be stored
+    elif depth <= 8:  # tiles are short: one half must not wait for the other to be stored
         stages, buffers = 4, 2
     else:
         stages, buffers = 6, 1
@@ -195,12 +200,12 @@ def fits_registers(columns: int) -> bool:
 
 
 def weights() -> tuple[int, int]:
-    """Return the rows and columns of the weight that one program dequantizes."""
+    """Return how many rows and columns of a weight one program dequantizes."""
     return DEQUANTIZED_TILE
 
 
 def rows(m: int, k: int, multiprocessors: int) -> Rows:
-    """Return how to cut ``m`` rows of ``k`` columns."""
+    """Return how to distribute ``m`` rows of ``k`` columns to programs."""
     few = m < 16 * multiprocessors
     if k <= 1536:
         count, warps = (1, 2) if few else (4, 2)
@@ -209,15 +214,15 @@ def rows(m: int, k: int, multiprocessors: int) -> Rows:
         warps = 1 << (warps - 1).bit_length()
     largest = 512 if 1536 < k < 4096 else 2048
     block = min(k & -k, largest)
-    # Many small pieces cost more than lanes that are masked.
+    # Many small blocks cost more than masked lanes.
     if k // block > 16:
         block = 1 << (k - 1).bit_length()
     return Rows(count, block, -(-k // block), warps)
 
 
 def attention(heads: Heads, tma: bool) -> Attention:
-    """Return how queries are cut for INT8 attention; the fastest of those measured on an H200, with
-    TMA at 197 to 9,216 tokens, and with the instructions of sm80."""
+    """Return how to distribute queries to programs for INT8 attention: the fastest choice measured
+    on an H200, with TMA at 197 to 9,216 tokens and with the instructions of sm80."""
     if heads.padded > 64:
         return Attention(128, 8, 3, registers=128 if tma else None)
     if heads.q_rows <= 64:
@@ -226,7 +231,7 @@ def attention(heads: Heads, tma: bool) -> Attention:
 
 
 def short(heads: Heads) -> Short:
-    """Return how heads are shared out for short attention."""
+    """Return how to distribute heads to programs for short attention."""
     cells = max(heads.q_rows, 16) * max(heads.k_rows, 16)
     if cells <= 32 * 32:
         return Short(4, 4)
@@ -234,11 +239,10 @@ def short(heads: Heads) -> Short:
 
 
 def _hopper(problem: Problem, multiprocessors: int) -> Product:
-    """Return the tiles by how many there are for each multiprocessor.
+    """Choose tiles by how many there would be per multiprocessor.
 
-    They take at most 12 % longer than the fastest of the candidates on the shapes measured, 16 to
-    196,608 rows, with operands that are not in the L2 cache: those of a model's other layers
-    have replaced them.
+    On the measured shapes of 16 to 196,608 rows, they take at most 12 % longer than the fastest
+    candidate. The operands were not in the L2 cache, because in a model other layers evict them.
     """
     wide = -(-problem.m // 128) * -(-problem.n // 128) / multiprocessors
     middle = -(-problem.m // 64) * -(-problem.n // 128) / multiprocessors
@@ -246,7 +250,7 @@ def _hopper(problem: Problem, multiprocessors: int) -> Product:
     if problem.residual or problem.out_bytes > 2:
         if wide >= 3:
             return _RESIDUAL if problem.k < 2048 or problem.out_bytes > 2 else _RESIDUAL_DEEP
-        if 1 <= wide <= 2:  # all at once
+        if 1 <= wide <= 2:  # all tiles run at once
             return _RESIDUAL_WAVE
         if wide > 2:
             return _SMALL if problem.k < 2048 else _MIDDLE
@@ -262,7 +266,8 @@ def _hopper(problem: Problem, multiprocessors: int) -> Product:
 def _worth_timing(
     problem: Problem, candidates: tuple[Product, ...], multiprocessors: int
 ) -> list[Product]:
-    """Return the candidates that may be fastest: compiling one takes a second or two."""
+    """Return the candidates worth timing: compiling each of the others would waste a second or
+    two."""
     wide = -(-problem.m // 128) * -(-problem.n // 128)
     if wide >= multiprocessors:
         return [tile for tile in candidates if tile.bm * tile.bn >= _MANY_FROM]
@@ -270,7 +275,7 @@ def _worth_timing(
 
 
 def _untuned(problem: Problem, candidates: tuple[Product, ...], multiprocessors: int) -> Product:
-    """Return the largest tiles that give every multiprocessor one."""
+    """Return the largest tiles that give every multiprocessor one, or else the smallest tiles."""
     for tile in sorted(candidates, key=lambda c: -c.bm * c.bn):
         if -(-problem.m // tile.bm) * -(-problem.n // tile.bn) >= multiprocessors:
             return tile

@@ -27,8 +27,8 @@ _COMPARED = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def check_saving(config: pytest.Config) -> None:
-    """Check that ``--benchmark-json`` and ``--benchmark-storage`` are writable before anything is
-    measured.
+    """Check before anything is measured that ``--benchmark-json`` and ``--benchmark-storage`` are
+    writable.
 
     Raises:
         pytest.UsageError: if one is not; one line.
@@ -68,8 +68,8 @@ def note_compared(config: pytest.Config, compared: Mapping[str, Any]) -> None:
 
 
 def rename_compared(config: pytest.Config, results: Sequence[Result]) -> list[str]:
-    """Let pytest-benchmark, which compares by node id, find renamed points of ``results`` in older
-    files of ``--benchmark-compare``. Return a line for each renaming."""
+    """Let pytest-benchmark, which compares by node id, find points of ``results`` that have other
+    names in older files of ``--benchmark-compare``. Return a line for each renaming."""
     if not (saved := config.stash.get(_RECORDS, [])):
         return []
     from pytest_int8bench.gate.renames import Renames
@@ -88,8 +88,8 @@ def rename_compared(config: pytest.Config, results: Sequence[Result]) -> list[st
 def check_compared(
     config: pytest.Config, environment: Callable[[], Mapping[str, Any]], allowed: Container[str]
 ) -> None:
-    """Warn once if a file of ``--benchmark-compare`` was measured on another machine or with other
-    software. pytest-benchmark itself checks only part of that.
+    """Warn once if a file of ``--benchmark-compare`` was measured on a different machine or with
+    different software. pytest-benchmark itself checks only part of that.
 
     Args:
         config: pytest's configuration.

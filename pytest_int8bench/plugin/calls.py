@@ -21,17 +21,16 @@ from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy, Sensitivity
 from pytest_int8bench.workloads.workload import Workload
 
-#: Fields of a Result to leave out of ``extra_info``: pytest-benchmark saves them elsewhere, or they
-#: are too long.
+#: Fields of a Result to leave out of ``extra_info``, because they are saved elsewhere or too long.
 _NOT_EXTRA = ("nodeid", "status", "gpu_before", "gpu_after", "kernels")
 
 
 class AgainError(ClearError, RuntimeError):
-    """A test tried to measure its point a second time."""
+    """Raised when a test tries to measure its point a second time."""
 
 
 class _Call:
-    """The point of one test and the recorder for its results."""
+    """Base of the callables: the point of one test and the recorder for its results."""
 
     def __init__(
         self, nodeid: str, recorder: Recorder, workload: Workload, params: RunParams
@@ -43,7 +42,8 @@ class _Call:
         self._params = params
 
     def _out_of_memory(self, error: Exception) -> str | None:
-        """If memory ran out, free what ``error`` keeps alive and return its message; else None."""
+        """If ``error`` means that memory ran out, free what it keeps alive and return its message;
+        otherwise, return None."""
         from pytest_int8bench.measure.memory import oom_of, release
 
         if oom_of(error) is None:
@@ -81,7 +81,8 @@ class ThroughputCall(_Call):
         self._is_called = True
         recorder, benchmark = self._recorder, self._benchmark
         if (why := recorder.why_not_benchmarked(benchmark, self._params)) is not None:
-            # Like pytest-benchmark, run once without timing. Skip: the point was not measured.
+            # Like pytest-benchmark, run once without timing. Then skip the test, as the point was
+            # not measured.
             benchmark.run_once(self._session.pool().get(self._workload, self._params).run)
             pytest.skip(f"{NOT_MEASURED}: {why}")
         self._check_machine()
@@ -107,13 +108,13 @@ class ThroughputCall(_Call):
             return self._session.throughput().measure(
                 self._workload, self._params, self._benchmark.time_rounds, nodeid=self._nodeid
             )
-        except BaseException:  # including Ctrl-C, which would leave incomplete rounds to be saved
+        except BaseException:  # including Ctrl-C: incomplete rounds must not be saved
             self._benchmark.leave_out()
             raise
 
 
 class GuardrailCall(_Call):
-    """Compares the accuracy of a point with its baseline and records the verdicts."""
+    """Compares a point's accuracy with that of its baseline and records the verdicts."""
 
     def __call__(self, max_drop: str | None = None) -> list[Accuracy]:
         with kept_generators():
@@ -149,7 +150,8 @@ class GuardrailCall(_Call):
         return why
 
     def _judge(self, limit: Limit) -> tuple[list[Accuracy], str | None]:
-        """Return the verdicts, and the reason if the comparison ended early for lack of memory."""
+        """Return the verdicts and, if the comparison ended early because memory ran out, the
+        reason."""
         from pytest_int8bench.report.verdict_text import describe
 
         verdicts: list[Accuracy] = []
@@ -185,7 +187,8 @@ class GuardrailCall(_Call):
         self._recorder.note_accuracy_failed(self._nodeid, self._workload.name, self._params, reason)
 
     def _remedied(self, verdicts: list[Accuracy], limit: Limit) -> list[Accuracy]:
-        """Try remedies for the metrics that failed. Return the verdicts with the remedies tried."""
+        """Try remedies for the metrics that failed. Return the verdicts, completed with the
+        remedies tried."""
         from pytest_int8bench.accuracy.remedies import Remedies
 
         remedies = Remedies(
@@ -215,7 +218,8 @@ class GuardrailCall(_Call):
 
 
 class SensitivityCall(_Call):
-    """Quantizes one layer or block at a time, ranks them and records the ranking."""
+    """Quantizes one layer or block at a time, ranks the layers or blocks, and records the
+    ranking."""
 
     def __call__(self, by: str = "layer", metric: bool = False) -> Sensitivity:
         with kept_generators():

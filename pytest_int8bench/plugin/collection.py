@@ -31,7 +31,7 @@ def check_workload(session: Session, items: list[pytest.Item]) -> None:
     """Reject ``--int8-workload`` if every test brings its own workload.
 
     Raises:
-        pytest.UsageError: if so; one line that tells where the workloads come from.
+        pytest.UsageError: if so; one line that names the sources of the workloads.
     """
     option = OPTIONS["workload"]
     if option.source(session.config) != option.flag:
@@ -48,8 +48,8 @@ def check_workload(session: Session, items: list[pytest.Item]) -> None:
 def check_loadable(session: Session, items: list[pytest.Item]) -> None:
     """Reject a workload, one of its axes, or a filter that cannot be loaded, once for all tests.
 
-    Axes are checked only if all tests use the session's workload. Otherwise an axis may belong to
-    another workload, so that each test checks its own.
+    Axes are checked only if all tests use the session's workload. Otherwise, an axis may belong to
+    another workload, and each test checks the axes itself.
 
     Raises:
         pytest.UsageError: if one cannot be loaded; one line.
@@ -90,8 +90,8 @@ def captured(config: pytest.Config) -> Iterator[None]:
 
 @contextmanager
 def _usage_error(config: pytest.Config, option: str) -> Iterator[None]:
-    """Turn a ValueError into a usage error that names the option. Suppress other errors: they come
-    from the user's code, and the tests report them with a traceback."""
+    """Turn a ValueError into a usage error that names the option. Suppress other errors, which come
+    from the user's code: the tests report them with a traceback."""
     try:
         yield
     except ValueError as error:
@@ -110,11 +110,12 @@ def uses_session_workload(item: pytest.Item) -> bool:
 
 
 def _workload_owner(item: pytest.Item) -> str | None:
-    """Return where ``item`` gets its own workload from; None if it may use the session's."""
+    """Return the source of the workload that ``item`` has of its own; None if it may use the
+    session's."""
     for definition in reversed(_fixture_definitions(item).get("int8_workload", ())):
         if definition.func.__module__ == "pytest_int8bench.plugin.fixtures":
             break
-        # With one of these arguments, a fixture may return the overridden workload.
+        # A fixture with one of these arguments may return the workload that it overrides.
         if not {"int8_workload", "request"} & {*definition.argnames}:
             return f"int8_workload in {definition.func.__module__}"
     try:

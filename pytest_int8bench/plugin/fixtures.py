@@ -39,7 +39,8 @@ def _recorder(request: pytest.FixtureRequest) -> Recorder:
 
 @pytest.fixture
 def int8_params(request: pytest.FixtureRequest) -> RunParams:
-    """The point of this test, a RunParams: one per point of the sweep and INT8 mode."""
+    """The point of this test, a RunParams. A test runs once per point of the sweep and INT8
+    mode."""
     if not hasattr(request, "param"):
         pytest.fail("int8_params has no value: parametrize it, or let the plugin do so", False)
     from pytest_int8bench.params import MEASURING_FIELDS, RunParams
@@ -72,15 +73,15 @@ def int8_workload(request: pytest.FixtureRequest) -> Workload:
         if (params := params_of(request.node)) is not None:
             workload = name or session.settings.workload
             _recorder(request).note_point(request.node.nodeid, params, workload)
-    pytest.fail(problem, pytrace=False)  # outside `except`, to show this line only
+    pytest.fail(problem, pytrace=False)  # outside `except`, so that only this line is shown
 
 
 @pytest.fixture
 def _int8_point(
     request: pytest.FixtureRequest, int8_params: RunParams, int8_workload: Workload
 ) -> tuple[Workload, RunParams]:
-    """The workload and the point of this test. Skips an impossible point, and fails one that cannot
-    run on this machine."""
+    """The workload and the point of this test. Skip the test if the point is impossible, and fail
+    it if the point cannot run on this machine."""
     from pytest_int8bench.measure.building import DeviceError, find_device, mode_problem
     from pytest_int8bench.plugin.points import point_of
     from pytest_int8bench.workloads.workload import Workload
@@ -175,8 +176,8 @@ def int8_throughput(
 def int8_guardrail(
     request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
 ) -> Callable[..., list[Accuracy]]:
-    """A callable that compares the accuracy of this test's point with its baseline, records the
-    verdicts and returns them.
+    """A callable that compares the accuracy of this test's point with that of its baseline, records
+    the verdicts and returns them.
 
     It fails the test if accuracy drops by more than ``--int8-max-drop``, or by more than its
     argument ``max_drop``, as in ``int8_guardrail(max_drop="0.5%")``. With random weights, only the
@@ -191,9 +192,9 @@ def int8_guardrail(
 def int8_sensitivity(
     request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
 ) -> Callable[..., Sensitivity]:
-    """A callable that quantizes one layer at a time, or one block with ``by="block"``, ranks them
-    by the SQNR of the model's outputs, records the ranking and returns it. With ``metric=True``, it
-    ranks them by the drop of the workload's metric."""
+    """A callable that quantizes one layer (or, with ``by="block"``, one block) at a time, ranks the
+    layers or blocks by the SQNR of the model's outputs, records the ranking and returns it. With
+    ``metric=True``, it ranks them by the drop of the workload's metric."""
     from pytest_int8bench.plugin.calls import SensitivityCall
 
     return SensitivityCall(request.node.nodeid, _recorder(request), *_int8_point)

@@ -1,8 +1,8 @@
-"""Keep errors in our hooks from ending a session.
+"""Keep errors in our hooks from ending a session prematurely.
 
 pytest reports an error in a hook as INTERNALERROR and runs no further tests. A ``guarded`` hook
-adds the error to the terminal summary instead, and the session fails at its end. Hooks that decide
-which tests run are not guarded: a session that lost tests would look complete.
+adds the error to the terminal summary instead, and the session fails when it ends. Hooks that
+decide which tests run are not guarded, because a session that lost tests would look complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _INTENDED = (pytest.UsageError, pytest.exit.Exception)
 
 
 def guarded(what: str) -> Callable[[Hook], Hook]:
-    """Return a decorator for hooks and hook wrappers, whose errors read ``WHAT failed: …``."""
+    """Return a decorator that guards a hook or hook wrapper. Its errors are shown as ``WHAT failed:
+    …``."""
 
     def decorate(hook: Hook) -> Hook:
         guard = _guarded_wrapper if inspect.isgeneratorfunction(hook) else _guarded_call
@@ -85,8 +86,8 @@ def _guarded_wrapper(what: str, hook: Callable[..., Generator[None, Any, Any]]) 
 
 
 def _note(what: str, error: BaseException, arguments: Iterable[Any]) -> None:
-    """Report an Exception to the session's recorder. Raise any other error, or without a
-    recorder."""
+    """Report an Exception to the session's recorder. Raise the error if it is of any other kind, or
+    if there is no recorder."""
     recorder = next(_recorders(arguments), None)
     if recorder is None or not isinstance(error, Exception):
         raise error

@@ -219,7 +219,7 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    # Until the errors module is imported, no exception can be one of ours.
+    # As long as the errors module has not been imported, no exception can be one of ours.
     if is_int8_test(item) or _is_recorded_plain(item) or "pytest_int8bench.errors" in sys.modules:
         from pytest_int8bench.plugin.outcomes import record_outcome, shorten
 
@@ -279,8 +279,8 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
 
 
 class AtTheEnd:
-    """Finish the session. Registered so that it runs after pytest-benchmark has saved and before
-    pytest writes the terminal summary."""
+    """Finishes the session. It is registered so as to run after pytest-benchmark has saved and
+    before pytest writes the terminal summary."""
 
     @pytest.hookimpl(wrapper=True)
     @guarded("the end of the session")
@@ -295,7 +295,7 @@ class AtTheEnd:
                 and session.exitstatus == pytest.ExitCode.OK
             ):
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
-                # No test failed, so pytest's last line is green: this prints a red one above it.
+                # No test failed, so pytest's last line is green. This prints a red line above it.
                 session.shouldfail = recorder.why_failed()
 
 

@@ -14,8 +14,8 @@ from pytest_int8bench.plugin.state import recorder_of
 
 
 def load_libraries(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
-    """Import what the first test would import otherwise. That takes seconds, or minutes from a cold
-    disk, which must not count towards the time limit of a test, such as pytest-timeout's."""
+    """Import what the first test would otherwise import. That takes seconds, or minutes from a cold
+    disk, and must not count towards a test's time limit, such as that of pytest-timeout."""
     users = [item for item in items if _uses_models(item)]
     if config.option.collectonly or not users:
         return
@@ -36,7 +36,7 @@ def load_libraries(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
 @contextmanager
 def _quietly(config: pytest.Config) -> Iterator[None]:
     """Suppress output, errors and warnings. The tests import the same modules and report errors
-    themselves; warnings of libraries must not become errors."""
+    themselves; warnings from libraries must not become errors."""
     with captured(config), warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
         yield

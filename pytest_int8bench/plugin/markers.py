@@ -9,8 +9,8 @@ import pytest
 
 
 def marker_changes(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
-    """Return the RunParams fields and the workload that ``@pytest.mark.int8`` sets. The closest
-    marker takes precedence.
+    """Return the RunParams fields and the workload that ``@pytest.mark.int8`` sets. Closer markers
+    take precedence.
 
     Raises:
         ValueError: if a marker is invalid; one line that names the marker, the test and the key.

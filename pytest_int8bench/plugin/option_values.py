@@ -1,7 +1,7 @@
 """Parse the text of each option into fields of Settings.
 
-Each reader raises a ValueError that names the rule and the value. Readers import what they need
-when they run, so that a session pays only for the options it uses.
+Each reader raises a ValueError that names the rule and the value. Readers import modules only when
+they run, so that a session pays only for the options it uses.
 """
 
 from __future__ import annotations

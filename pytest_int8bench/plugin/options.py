@@ -24,7 +24,7 @@ from pytest_int8bench.workloads.registry import (
 FORCED_KERNEL = "INT8BENCH_PRODUCT"
 
 
-class Option(NamedTuple):  # made at every start of pytest, where a dataclass takes 1 ms more
+class Option(NamedTuple):  # created whenever pytest starts; a dataclass takes 1 ms more
     """An option: ``--int8-NAME`` on the command line, ``int8_NAME`` in the ini file."""
 
     name: str
@@ -50,13 +50,14 @@ class Option(NamedTuple):  # made at every start of pytest, where a dataclass ta
         return ini if ini not in ("", [], None) else None
 
     def source(self, config: pytest.Config) -> str:
-        """Return the spelling that the user used, for error messages: flag or ini key."""
+        """Return the name under which the user set the option (flag or ini key), for error
+        messages."""
         return self.flag if config.getoption(self.dest) not in (None, []) else self.dest
 
 
 def _gate_option(flag: Flag, text: str) -> Option:
-    """Return the pytest option for a flag that ``int8bench`` takes too. ``text`` is a template
-    for its help, with one placeholder for the help of ``flag``."""
+    """Return the pytest option for a flag that the ``int8bench`` command also takes. ``text`` is a
+    template for its help, with one placeholder for the help of ``flag``."""
     meaning = text.format(flag.help)
     meaning = meaning[0].upper() + meaning[1:]
     return Option(flag.name, f"{meaning}. Default: {flag.default}", flag.metavar, flag.repeatable)

@@ -32,11 +32,11 @@ def record_outcome(
     report: pytest.TestReport,
     error: BaseException | None,
 ) -> None:
-    """Record the point of ``item`` if its test failed, with ``error``, or was skipped.
+    """Record the point of ``item`` if the test was skipped, or failed with ``error``.
 
     A measured point is already in the journal. If its test fails later, for instance in an
-    assertion, the result is written again as ``failed``. An UndecidedError does not change it: too
-    few samples prove nothing against the measurement.
+    assertion, the result is written again as ``failed``. An UndecidedError does not change the
+    result: too few samples prove nothing against the measurement.
     """
     if recorder.session.records_benchmarks and is_plain(item):
         if (report.failed or report.skipped) and not hasattr(report, "wasxfail"):

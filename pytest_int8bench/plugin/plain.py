@@ -34,10 +34,10 @@ class PlainBenchmarks:
 
 
 def _record_timing(recorder: Recorder, item: pytest.Item) -> None:
-    """Record the timing of a test, and compare it with the files of ``--int8-compare``.
+    """Record the timing of a test, and compare the timing with the files of ``--int8-compare``.
 
     Raises:
-        ClearError: if it is worse or cannot be compared.
+        ClearError: if the timing is worse or cannot be compared.
     """
     found: Benchmark | None = None
     with recorder.guard("recording"):
@@ -58,7 +58,7 @@ def _record_timing(recorder: Recorder, item: pytest.Item) -> None:
 
 
 def record_failure(recorder: Recorder, nodeid: str, status: str, reason: str) -> None:
-    """Record a test that failed or was skipped, with the timing that it had recorded, if any."""
+    """Record a test that failed or was skipped, along with its timing if one had been recorded."""
     timed = [record for record in recorder.records_of(nodeid) if isinstance(record, Benchmark)]
     record = timed[-1] if timed else Benchmark.of(nodeid)
     recorder.record(dataclasses.replace(record, status=status, reason=reason))

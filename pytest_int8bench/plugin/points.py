@@ -22,7 +22,8 @@ def is_plain(item: pytest.Item) -> bool:
 
 
 def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
-    """Parametrize a test with points from its markers and the options, unless it has its own."""
+    """Parametrize a test with points from its markers and the options, unless it defines its own
+    points."""
     from pytest_int8bench.plugin.markers import marker_changes
 
     problem, points, workload = None, [], None
@@ -36,8 +37,8 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     except ValueError as error:
         problem = str(error)
     if problem is not None:
-        pytest.fail(problem, pytrace=False)  # outside `except`, to show this line only
-    # Use names rather than objects, because pytest-benchmark saves parameters as JSON.
+        pytest.fail(problem, pytrace=False)  # outside `except`, so that only this line is shown
+    # Use names rather than RunParams objects, because pytest-benchmark saves parameters as JSON.
     names = [point.run_name for point in points]
     label = "" if workload in (None, session.settings.workload) else f"{workload}-"
     metafunc.parametrize("int8_params", names, ids=[label + name for name in names], indirect=True)
@@ -45,7 +46,8 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
 
 def workload_name(item: pytest.Item, session: Session) -> str | None:
     """Return the name of the workload that a test uses, from its marker or the session. Return None
-    if a fixture of the user returns it, since its name is unknown until the fixture runs.
+    if one of the user's fixtures returns the workload, as the name is then unknown until the
+    fixture runs.
 
     Raises:
         ValueError: if a marker is invalid; one line.
@@ -75,8 +77,9 @@ def _workload_fixtures(item: pytest.Item) -> Sequence[Any]:
 def name_workload(
     item: pytest.Item, session: Session, workload: Workload, benchmark: Benchmark
 ) -> None:
-    """Add the workload to the name that pytest-benchmark shows, unless the test's id contains it or
-    it is the session's, by option or by a fixture in the root ``conftest.py``."""
+    """Add the workload to the name that pytest-benchmark shows, unless the test's id contains the
+    workload, or it is set for the session by an option or by a fixture in the root
+    ``conftest.py``."""
     definitions = _workload_fixtures(item)
     named = {workload.name, workload_name(item, session)}
     is_named = any(f"{start}{name}-" in item.name for name in named for start in "[-")
@@ -87,7 +90,8 @@ def name_workload(
 
 
 def point_of(item: pytest.Item, session: Session, params: RunParams) -> RunParams:
-    """Return the point of a test, adapted to its workload: run name and unused fields."""
+    """Return the point of a test, with the run name adapted to its workload and unused fields
+    reset."""
     from pytest_int8bench.workloads.registry import point_for
 
     return point_for(params, workload_name(item, session))
@@ -129,7 +133,8 @@ def params_of(item: pytest.Item) -> RunParams | None:
 
 
 def params_in(nodeid: str) -> RunParams | None:
-    """Return the point that a node id names, alone or among other parameters, or None."""
+    """Return the point that a node id names, alone or among other parameters; None if it names
+    none."""
     text = nodeid.rpartition("::")[2].partition("[")[2].rpartition("]")[0]
     if "_bs" not in text:  # part of every run name: skip other ids quickly
         return None

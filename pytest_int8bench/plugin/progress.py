@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 _REFRESH_PER_S = 4
 _SPINNER = "|/-\\"
-#: Steps that are timed. A thread that redraws the line would disturb the measurement.
+#: Steps that are timed: a thread that redraws the line would disturb the measurement.
 _TIMED = ("measuring", "comparing")
-#: Steps that get a line in a log.
+#: Steps for which a log gets a line.
 _LOGGED = ("compiling",)
 
 
 def terminal_steps(config: pytest.Config, clock: Callable[[], float] = time.monotonic) -> Step:
-    """Return a context manager factory that shows steps in the way this session's output allows.
+    """Return a factory of context managers that show steps as far as this session's output allows.
 
     On a terminal, a step is a live line that disappears when the step ends. If the output is not a
-    terminal, or tests print to it too, only compilations are shown, one plain line each. With
+    terminal, or tests also print to it, only compilations are shown, as one plain line each. With
     ``-q`` and in pytest-xdist workers, nothing is shown.
     """
     quiet = config.get_verbosity() < 0 or hasattr(config, "workerinput")
@@ -63,7 +63,8 @@ def _is_live(config: pytest.Config) -> bool:
 
 
 class _Terminal:
-    """Shows steps in between pytest's own output, and restores the line that pytest has begun."""
+    """Shows steps between lines of pytest's own output, and restores the line that pytest has
+    begun."""
 
     def __init__(self, config: pytest.Config, clock: Callable[[], float]) -> None:
         self._writer = config.get_terminal_writer()
@@ -144,7 +145,7 @@ class _Terminal:
                     redirect_stderr=False,
                     transient=True,
                 ) as shown:
-                    console.show_cursor(True)  # or it would stay hidden if the run is killed
+                    console.show_cursor(True)  # or it stays hidden if the run is killed
                     shown.refresh()
                     yield
             finally:

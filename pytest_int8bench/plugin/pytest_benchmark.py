@@ -1,5 +1,5 @@
-"""Everything that depends on pytest-benchmark's internals, except for pytest-xdist's needs, which
-are in :mod:`.pytest_benchmark_workers`."""
+"""All code that depends on pytest-benchmark's internals, except what only pytest-xdist needs, which
+is in :mod:`.pytest_benchmark_workers`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.measure.timing import Plan, Run
     from pytest_int8bench.processes.runner_files import Handover
 
-#: Folder in which pytest-benchmark saves, relative to the one that pytest is started in.
+#: Folder in which pytest-benchmark saves, relative to the folder in which pytest is started.
 STORAGE = Path(".benchmarks")
 
 DISABLED = "pytest-benchmark is disabled"
@@ -30,13 +30,14 @@ def is_active(config: pytest.Config) -> bool:
 
 
 def is_disabled_by_user(config: pytest.Config) -> bool:
-    """Return whether the user disabled pytest-benchmark, rather than itself under pytest-xdist."""
+    """Return whether the user disabled pytest-benchmark, as opposed to pytest-benchmark disabling
+    itself under pytest-xdist."""
     disable = config.getoption("benchmark_disable", False)
     return bool(disable and not config.getoption("benchmark_enable", False))
 
 
 def find_obstacle(config: pytest.Config) -> str | None:
-    """Return an option that turns measuring off; None if none is given."""
+    """Return the first given option that turns measuring off, or None."""
     obstacles = {
         "-p no:benchmark": not is_active(config),
         "--codspeed": config.getoption("codspeed", False),  # implies --benchmark-disable
@@ -65,7 +66,7 @@ def storage_target(config: pytest.Config) -> Path | None:
 def _path_of(target: Any) -> Path | None:
     if not target:
         return None
-    # pytest-benchmark gives an open file before 5.3 and a path since then.
+    # pytest-benchmark provides an open file before 5.3, and a path since then.
     return Path(target if isinstance(target, str | Path) else target.name)
 
 
@@ -91,7 +92,8 @@ class Benchmark:
         self._fixture.disabled = is_disabled
 
     def name_workload(self, workload: str) -> None:
-        """Add a workload to the name in tables, where tests of several workloads look the same."""
+        """Add a workload to the name in tables, where tests of different workloads would look the
+        same."""
         test, bracket, parameters = self._fixture.name.partition("[")
         self._fixture.name = f"{test}[{workload}{'-' if bracket else ''}{parameters or ']'}"
 
@@ -154,8 +156,8 @@ def merge_markers(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
 
 
 def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -> None:
-    """Keep the timing of a test out of the saved file, so that it does not become a baseline. With
-    ``is_left_out=False``, include it again."""
+    """Keep the timing of a test out of the saved file, so that the timing does not become a
+    baseline. With ``is_left_out=False``, include it again."""
     session = session_of(config)
     for timed in session.benchmarks if session is not None else []:
         if timed.fullname == nodeid:
@@ -163,7 +165,8 @@ def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -
 
 
 def timing_of(config: pytest.Config, nodeid: str) -> dict[str, Any] | None:
-    """Return the latest timing as pytest-benchmark saves it; None if it is another test's."""
+    """Return the latest timing, in the form in which pytest-benchmark saves it, or None if it
+    belongs to another test."""
     for timed in getattr(session_of(config), "benchmarks", [])[-1:]:
         if timed and timed.fullname == nodeid and not timed.has_error:
             return dict(timed.as_dict(include_data=False))
@@ -176,7 +179,7 @@ def is_disabled(item: pytest.Item) -> bool:
 
 
 def drop_timings(config: pytest.Config, nodeid: str) -> None:
-    """Remove the timings of a test before it is rerun, so that they are not listed and compared."""
+    """Remove the timings of a test before a rerun, so that they are neither listed nor compared."""
     session = session_of(config)
     if session is not None:
         session.benchmarks[:] = [t for t in session.benchmarks if t.fullname != nodeid]
@@ -249,7 +252,7 @@ def guard_saving(
     config: pytest.Config, note: Callable[[str, Exception], None], handover: Handover | None
 ) -> None:
     """Pass errors that occur while pytest-benchmark saves, such as a full disk, to ``note``. If
-    they reached pytest, it would end without a summary.
+    such an error reached pytest, it would end without a summary.
 
     Each file is saved independently of the others, and an existing one is replaced atomically.
 
@@ -303,7 +306,7 @@ def guard_saving(
 
 
 def describe_saved(config: pytest.Config) -> str:
-    """Return one line that tells where the session is saved as JSON, or why it is not."""
+    """Return one line with the path of the session's JSON, or with the reason why there is none."""
     session = session_of(config)
     if session is None or session.disabled:
         return f"not saved as JSON: {DISABLED}"

@@ -1,4 +1,4 @@
-"""Move timings of pytest-xdist workers through pytest-benchmark's internals."""
+"""Move timings from pytest-xdist workers to the controller, using pytest-benchmark's internals."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pytest
 
 from pytest_int8bench.plugin.pytest_benchmark import is_disabled_by_user, session_of
 
-#: Attributes of a fixture that pytest-benchmark reads to save its timings.
+#: Attributes of the ``benchmark`` fixture that pytest-benchmark reads when it saves timings.
 _TIMING_NAMES = ("name", "group", "param", "params", "extra_info", "has_error")
 
 
 def silence_xdist_warning(config: pytest.Config) -> None:
-    """Suppress pytest-benchmark's warning that xdist disables it (since 5.3, at the end)."""
+    """Suppress pytest-benchmark's warning that xdist disables it (since 5.3, issued at the end)."""
     session = session_of(config)
     if session is not None:
         session.xdist_benchmark_found = False
 
 
 def take_timings(config: pytest.Config) -> list[dict[str, Any]]:
-    """Remove this worker's timings from pytest-benchmark's session, so that it does not write a
-    file of its own, and return them."""
+    """Remove this worker's timings from pytest-benchmark's session and return them, so that the
+    worker does not write a file of its own."""
     session = session_of(config)
     if session is None:
         return []
@@ -63,7 +63,7 @@ def enable_saving(config: pytest.Config, order: Mapping[str, int], *, untimed: b
     Args:
         config: the controller's configuration.
         order: maps node ids to their positions among the tests.
-        untimed: whether to save a session even without timings.
+        untimed: whether to save the session even if it has no timings.
     """
     session = session_of(config)
     if session is None:

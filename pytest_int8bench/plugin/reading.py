@@ -17,7 +17,7 @@ from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.sweep import check_count
 
-#: Maps an option to the RunParams field that it turns on.
+#: Option -> the RunParams field that it turns on.
 _SWITCHES = {
     "smoothquant": "int8_smoothquant",
     "profile": "profiler_enabled",
@@ -41,8 +41,8 @@ def read_settings(config: pytest.Config) -> Settings:
     if values["changes"].get("wandb_enabled"):
         _check_wandb(config)
     _check_fields(config, values)
-    # The order decides in which order points run: first the axes of --int8-sweep, then those of
-    # --int8-set, which replace the values of a sweep key for the same field.
+    # Points run in the order of these axes: first those of --int8-sweep, then those of --int8-set.
+    # If both have a field, the values are those of --int8-set.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
     _check_cross_product(config, values)
     _check_count(values)
@@ -56,7 +56,7 @@ def _read_values(config: pytest.Config) -> dict[str, Any]:
     for option in OPTIONS.values():
         raw = option.read(config)
         if raw is None or (option.name == "journal" and hasattr(config, "workerinput")):
-            continue  # the controller writes the journal, not its workers
+            continue  # the controller writes the journal; its workers do not
         try:
             values |= READERS[option.name](raw)
         except ValueError as error:
@@ -71,7 +71,8 @@ def _read_values(config: pytest.Config) -> dict[str, Any]:
 def _take_rules(config: pytest.Config, values: dict[str, Any]) -> Rules:
     """Remove the gate's options from ``values`` and return the Rules that they set."""
     if values.get("lean"):
-        # From an ini file. `int8bench ab` compares two revisions, not a revision with a file.
+        # This comes from an ini file, but `int8bench ab` compares two revisions rather than a
+        # revision and a file.
         values.pop("compare", None)
     limits = {name: values.pop(name) for name in METRICS if name in values}
     allow = values.pop("allow", frozenset())
@@ -106,7 +107,7 @@ def _take_rules(config: pytest.Config, values: dict[str, Any]) -> Rules:
 
 
 def _make_lean(values: dict[str, Any]) -> None:
-    """Remove everything from ``values`` that is not needed to measure throughput."""
+    """Remove from ``values`` everything that is not needed to measure throughput."""
     values["baseline"] = False
     values.pop("reports", None)
     values.pop("compile_cache", None)  # the two sides of an A/B must not share compiled code
@@ -130,7 +131,7 @@ def _check_forced_kernel() -> None:
 
 
 def _check_eval_data(values: dict[str, Any]) -> None:
-    """Reject ``--int8-eval-data`` with any other workload than OlmoEarth."""
+    """Reject ``--int8-eval-data`` with any workload other than OlmoEarth."""
     if "eval_data" in values and "workload" in values:
         from pytest_int8bench.workloads.registry import OLMOEARTH
 
@@ -178,7 +179,7 @@ def _check_cross_product(config: pytest.Config, values: dict[str, Any]) -> None:
 
 
 def _check_count(values: dict[str, Any]) -> None:
-    """Reject a sweep of too many points before creating them."""
+    """Reject a sweep of too many points before the points are created."""
     modes = len(values.get("modes", Settings.modes))
     try:
         check_count(values["axes"], cross_product=values.get("cross_product", False), modes=modes)
@@ -187,8 +188,8 @@ def _check_count(values: dict[str, Any]) -> None:
 
 
 def _check_fields(config: pytest.Config, values: dict[str, Any]) -> None:
-    """Reject fields that the workload does not use. ``--int8-sweep=all`` skips such fields, so they
-    are no error there."""
+    """Reject fields that the workload does not use. ``--int8-sweep=all`` skips such fields, so
+    there they are not an error."""
     if "workload" in values:
         from pytest_int8bench.workloads.registry import check_fields
 

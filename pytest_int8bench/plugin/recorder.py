@@ -1,4 +1,4 @@
-"""Record results: in the journal immediately, and in reports at the end of the session."""
+"""Record results: immediately in the journal, and at the end of the session in reports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Earlier:
 
 
 class Recorder:
-    """Records the results of a session. Subclasses do so in pytest-xdist's processes."""
+    """Records the results of a session. Subclasses are used in pytest-xdist's processes."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -52,9 +52,10 @@ class Recorder:
         """The journal of ``--int8-journal``, created before anything is measured."""
         self._environment: dict[str, Any] | None = None
         self._accuracy_failed: dict[tuple[str, str], dict[str, str]] = {}
-        """Maps workload and run name to the accuracy tests that failed, each with its reason."""
+        """Maps workload and run name to the accuracy tests that failed (node id -> reason)."""
         self._unmarked: dict[tuple[str, ...], Result] = {}
-        """Maps the identity of a result marked ``accuracy-failed`` to the original result."""
+        """Maps the identity of a result marked ``accuracy-failed`` to the result without the
+        mark."""
         self._earlier: dict[str, Earlier] = {}
         """Maps the node id of a rerun test to the results of its earlier attempts."""
         self._has_failed = False
@@ -78,18 +79,18 @@ class Recorder:
 
         check_saving(self.config)
         if self.session.in_suite:
-            return  # the runner needs an outcome for each point instead
+            return  # the runner needs an outcome for each point instead of one error
         from pytest_int8bench.plugin.collection import check_loadable, check_workload
 
         check_workload(self.session, items)
         check_loadable(self.session, items)
 
     def why_no_gpu(self, params: RunParams) -> str | None:
-        """Return why a point cannot have a GPU; None if it can, or needs none."""
+        """Return why a point cannot get a GPU; None if it can, or does not need one."""
         return None
 
     def why_not_kept(self) -> str | None:
-        """Return why results of this process would be lost; None if they are kept."""
+        """Return why the results of this process would be lost; None if they are kept."""
         return None
 
     def why_not_timed(self, params: RunParams) -> str | None:
@@ -122,7 +123,8 @@ class Recorder:
         return result
 
     def record(self, record: Record) -> None:
-        """Write ``record`` to the journal at once. If that fails, keep it in memory and warn."""
+        """Write ``record`` to the journal immediately. If that fails, keep it in memory and
+        warn."""
         try:
             (self.journal or self.start_journal(self.environment())).append(record)
         except OSError as error:
@@ -148,7 +150,7 @@ class Recorder:
         from pytest_int8bench.results.base import SchemaError
         from pytest_int8bench.results.journal import Journal
 
-        if handover is not None:  # the runner has created the file, and works without it too
+        if handover is not None:  # the runner has created the file, and also works without it
             with suppress(OSError, SchemaError):
                 self._requested = Journal.reopen(Path(asked))
             return
@@ -173,7 +175,7 @@ class Recorder:
             if journal is not None:
                 journal.begin(environment)
                 return journal
-            # The id keeps apart sessions of one process that start within the same second.
+            # The id distinguishes sessions of one process that start within the same second.
             name = f"{timestamp()}-{os.getpid()}-{id(self):x}.jsonl"
             return Journal(journal_folder(self.session.root) / name, environment)
         except OSError as error:
@@ -195,7 +197,7 @@ class Recorder:
     def note_accuracy_failed(
         self, nodeid: str, workload: str, params: RunParams, reason: str
     ) -> None:
-        """Mark the timings of a point whose accuracy test failed, including future ones."""
+        """Mark all timings, past and future, of a point whose accuracy test failed."""
         self._accuracy_failed.setdefault((workload, params.run_name), {})[nodeid] = reason
         for result in self.journal.results if self.journal else []:
             marked = self.marked(result)
@@ -204,7 +206,7 @@ class Recorder:
                 pytest_benchmark.leave_out(self.config, result.nodeid)
 
     def marked(self, result: Result) -> Result:
-        """Return ``result``, as ``accuracy-failed`` if an accuracy test of its point failed."""
+        """Return ``result``, marked ``accuracy-failed`` if an accuracy test of its point failed."""
         reasons = self._accuracy_failed.get((result.workload, result.run_name))
         if not reasons or result.status != "ok":
             return result
@@ -212,15 +214,15 @@ class Recorder:
         return dataclasses.replace(result, status="accuracy-failed", reason=[*reasons.values()][-1])
 
     def note_error(self, error: BaseException) -> None:
-        """Handle an error that ended a phase of a test. Only workers do anything."""
+        """Handle an error that ended a phase of a test. Only workers need to do anything."""
 
     # -- reruns of tests ----------------------------------------------------------------------
 
     def begin_attempt(self, nodeid: str) -> None:
         """Handle the start of a test, which may be a rerun (pytest-rerunfailures, flaky).
 
-        Only the last attempt counts. Records of earlier ones stay until it is over, so that a crash
-        does not lose them; :meth:`end_attempt` then withdraws them.
+        Only the last attempt counts. Records of earlier attempts are kept until the last one has
+        ended, so that a crash does not lose them; :meth:`end_attempt` then withdraws them.
         """
         records = tuple(self.journal.records_of(nodeid)) if self.journal else ()
         points = tuple(point for point, by in self._accuracy_failed.items() if by.pop(nodeid, None))
@@ -233,7 +235,7 @@ class Recorder:
             self.session.gate.forget(nodeid)
 
     def end_attempt(self, nodeid: str) -> None:
-        """Replace the records of earlier attempts by those of the attempt that has just ended."""
+        """Replace the records of earlier attempts with those of the attempt that has just ended."""
         earlier = self._earlier.pop(nodeid, None)
         if earlier is None or self.journal is None:
             return
@@ -249,14 +251,15 @@ class Recorder:
                 pytest_benchmark.leave_out(self.config, result.nodeid, is_left_out=False)
 
     def keep_marked(self, result: Result) -> None:
-        """Keep ``result`` marked even if a rerun of the accuracy test passes: its own test
+        """Keep ``result`` marked even if a rerun of the accuracy test passes, because its own test
         failed."""
         self._unmarked.pop(result.identity, None)
 
     # -- the end of the session ---------------------------------------------------------------
 
     def finish(self) -> bool:
-        """Save, report and log the records, whichever step fails. Return whether all is well."""
+        """Save, report and log the records, even if one of these steps fails. Return whether the
+        session passes."""
         with self.guard("the gate"):
             self._problems = [*self.session.gate_problems(), *self.problems()]
         is_passed = not self._problems
@@ -288,8 +291,8 @@ class Recorder:
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Turn an error into a line of the terminal summary and fail the session. Raised from a
-        hook, it would end pytest, and the remaining steps would be lost."""
+        """Turn an error into a line of the terminal summary and fail the session. If a hook raised
+        the error, pytest would end and skip the remaining steps."""
         try:
             yield
         except Exception as error:
@@ -301,7 +304,8 @@ class Recorder:
         self.reported.append(f"int8bench: {what} failed: {type(error).__name__}: {error}")
 
     def warn(self, text: str) -> None:
-        """Warn about a problem that does not fail the session, even where warnings are errors."""
+        """Warn about a problem that must not fail the session, even if warnings are turned into
+        errors."""
         try:
             warnings.warn(f"int8bench: {text}", stacklevel=3)
         except Warning:
@@ -321,7 +325,7 @@ class Recorder:
 
     def write_reports(self) -> bool:
         """Write the reports of ``--int8-report`` and list them in ``reported``. Return whether all
-        were written; a session that recorded nothing writes none and passes."""
+        were written; if nothing was recorded, write none and return True."""
         settings = self.session.settings
         if not settings.reports or self.config.option.collectonly:
             return True
@@ -335,8 +339,8 @@ class Recorder:
         return all(is_written for is_written, _ in outcomes)
 
     def track(self) -> None:
-        """Log to Weights & Biases all points with ``--int8-wandb``, otherwise those that ask for
-        it. The runner does so itself for the processes that it starts."""
+        """Log points to Weights & Biases: all with ``--int8-wandb``, otherwise those with
+        ``wandb_enabled``. For the processes that it starts, the runner does so itself."""
         settings = self.session.settings
         if self.journal is None or self.session.in_suite or settings.lean:
             return

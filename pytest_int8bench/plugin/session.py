@@ -1,4 +1,4 @@
-"""Hold the settings of one pytest session and the objects that are created from them on demand."""
+"""Hold the settings of one pytest session and the objects that are created on demand from them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Session:
         self.config = config
         self.settings = settings
         self.invocation = config.invocation_params.dir
-        # With the runner's ini file, pytest takes this package's own folder for the root.
+        # With the runner's ini file, pytest takes this package's own folder as its root.
         self.in_suite = config.inipath == _SUITE_INI
         self.root = self.invocation if self.in_suite else config.rootpath
         self.handover = _handover() if self.in_suite else None
@@ -42,7 +42,8 @@ class Session:
         self.deselected: set[str] = set()
         """Node ids of the collected tests that were deselected."""
         self.records_benchmarks = False
-        """Whether plain benchmarks are recorded: only with INT8 tests or options that need them."""
+        """Whether plain benchmarks are recorded: only if there are INT8 tests or options that need
+        them."""
         self.gate: SessionGate | None = None
         """Compares points with the files of ``--int8-compare``; None without that option."""
         self.profiles: Profiles | None = None
@@ -103,7 +104,7 @@ class Session:
         """Return a workload, loading it on first use.
 
         Args:
-            name: the workload that a test's marker names; None for the one in the settings.
+            name: the workload named by a test's marker; None for the one in the settings.
 
         Raises:
             ValueError: if it cannot be loaded; one line.
@@ -119,7 +120,7 @@ class Session:
                     eval_data=self.settings.eval_data,
                     trust_remote_code=self.settings.trust_remote_code,
                 )
-            except ValueError as error:  # cached, since waiting for an unreachable hub is slow
+            except ValueError as error:  # cached, because waiting for an unreachable Hub is slow
                 self._workloads[name] = error
         found = self._workloads[name]
         if isinstance(found, ValueError):
@@ -127,7 +128,8 @@ class Session:
         return found
 
     def workload_name(self) -> str:
-        """Return the name of the settings' workload; until it is loaded, the user's spelling."""
+        """Return the name of the workload in the settings; until it is loaded, as the user wrote
+        it."""
         found = self._workloads.get(self.settings.workload)
         if found is None or isinstance(found, ValueError):
             return self.settings.workload
@@ -218,7 +220,8 @@ class Session:
         self.gate = SessionGate(read_runs(self.settings.compare), self.settings.rules)
 
     def gate_problems(self) -> list[str]:
-        """Return the problems for which ``--int8-compare`` fails the session, one line each."""
+        """Return one line for each problem because of which ``--int8-compare`` fails the
+        session."""
         if self.gate is None or self.config.option.collectonly:
             return []
         arguments, rootpath = self.config.args, self.config.rootpath

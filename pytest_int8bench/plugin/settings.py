@@ -1,4 +1,4 @@
-"""Represent the user's options as a frozen dataclass, and expand them to points."""
+"""Represent the user's options as a frozen dataclass, and expand them into points."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Defaults of ``--int8-lean``: over 2 s, timings within one process vary less than those of two
+#: Defaults of ``--int8-lean``: timings over 2 s vary less within one process than between two
 #: processes.
 LEAN: dict[str, Any] = {"benchmark_interval_s": 2.0}
 
@@ -41,7 +41,7 @@ class Settings:
     preset: str = "auto"
     """``auto``, ``seed`` or ``smoke``."""
     modes: tuple[str, ...] = ("w8a8",)
-    """INT8 modes to run, possibly including ``off``."""
+    """INT8 modes to run, which may include ``off``."""
     changes: dict[str, Any] = field(default_factory=dict)
     """RunParams fields set to one value; ``extra.NAME`` for axes of the workload."""
     axes: dict[str, list[Any]] = field(default_factory=dict)
@@ -63,7 +63,8 @@ class Settings:
     max_drop: Limit | None = None
     """Largest drop of a metric that passes; None for the default (see :meth:`drop_limit`)."""
     inconclusive: str = "fail"
-    """What an accuracy test does if its samples cannot decide: ``fail``, ``warn`` or ``skip``."""
+    """What an accuracy test does if it has too few samples to decide: ``fail``, ``warn`` or
+    ``skip``."""
     eval_data: Path | None = None
     """Absolute path of a folder of labelled images."""
     remedy: bool = False
@@ -95,8 +96,8 @@ class Settings:
         return "seed" if cuda_available() else "smoke"
 
     def default_params(self, preset: str, *, is_olmoearth: bool = True) -> RunParams:
-        """Return the point that all others are derived from. For workloads other than OlmoEarth, a
-        preset leaves OlmoEarth's fields at their defaults."""
+        """Return the point from which all others are derived. For workloads other than OlmoEarth,
+        presets leave OlmoEarth's fields at their defaults."""
         from pytest_int8bench.params import RunParams
         from pytest_int8bench.workloads.registry import OLMOEARTH_FIELDS
 

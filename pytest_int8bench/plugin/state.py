@@ -1,5 +1,5 @@
-"""Find the recorder of a pytest session. Sessions that use nothing of this plugin never create one,
-so that they do not pay for importing it."""
+"""Find the recorder of a pytest session. Sessions that do not use this plugin never create one, and
+so do not pay for importing it."""
 
 from __future__ import annotations
 

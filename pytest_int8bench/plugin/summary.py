@@ -77,8 +77,8 @@ def _show(
 def _say(terminal: pytest.TerminalReporter, text: str, **markup: bool) -> None:
     """Write a line, or several lines that end in a newline.
 
-    Replace what the output's encoding lacks, since pytest would drop line breaks on an encoding
-    error, and ignore a closed pipe, so that other plugins can still write their lines.
+    Replace characters that the output's encoding lacks, because pytest would drop line breaks on an
+    encoding error. Ignore a closed pipe, so that other plugins can still write their lines.
     """
     file = getattr(terminal._tw, "_file", None)
     text = printable(text, getattr(file, "encoding", None))
@@ -111,7 +111,8 @@ def _where_journal(journal: Journal) -> str:
 
 
 def _where_profiles(recorder: Recorder, journal: Journal) -> list[str]:
-    """Return lines that tell where the session's traces are, and which could not be written."""
+    """Return lines with the paths of the session's traces, and with those that could not be
+    written."""
     profiles = recorder.session.profiles
     written = profiles.traces if profiles is not None else []
     # Include traces written by other processes.

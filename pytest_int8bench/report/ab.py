@@ -23,7 +23,7 @@ _HEADLINES = {0: "PASS", 1: "FAIL", 2: "INCONCLUSIVE"}
 
 
 def page(result: AbResult) -> Page:
-    """Return the page of an A/B measurement."""
+    """Return the report of an A/B measurement as a page."""
     count = Counter(run.outcome for run in result.runs)
     listed = ", ".join(f"{number} {outcome}" for outcome, number in count.items()) or "no run"
     runs = sorted(result.runs, key=lambda run: (REGRESSES, UNDECIDED, PASSES).index(run.exit_code))
@@ -103,7 +103,8 @@ def _table(result: AbResult) -> Grid:
 
 
 def _time_columns(result: AbResult) -> dict[str, Callable[[AbRun], str]]:
-    """Return one column for times of points and one for times of plain benchmarks, as needed."""
+    """Return a column for the times of points, one for those of plain benchmarks, or both, as
+    needed."""
 
     def column(figure: Figure) -> Callable[[AbRun], str]:
         return lambda run: (

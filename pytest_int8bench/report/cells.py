@@ -1,4 +1,4 @@
-"""Format figures of results as cells of tables."""
+"""Format figures of results as table cells."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pytest_int8bench.report.tables import MISSING, number
 from pytest_int8bench.results.figures import FIGURES, Figure
 from pytest_int8bench.results.records import Result, Timed
 
-#: Half the width of a 95 % interval, in standard errors.
+#: Half-width of a 95 % interval, in standard errors.
 _HALF_WIDTH = 1.96
 
 
@@ -27,7 +27,7 @@ def value_text(figure: Figure, value: Any) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Return a time in a readable unit, from s to ns."""
+    """Format a time in the most readable unit, from s to ns."""
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
         if seconds * factor >= 1:
             return f"{number(seconds * factor)} {unit}"
@@ -59,7 +59,7 @@ def figure_interval(figure: Figure, result: Timed) -> tuple[float | None, float 
     if value is None or error is None or not 0 <= _HALF_WIDTH * error < 1:
         return None, None
     low, high = 1 - _HALF_WIDTH * error, 1 + _HALF_WIDTH * error
-    if figure.higher_is_better:  # a rate, whose standard error is saved for the time
+    if figure.higher_is_better:  # a rate; the saved standard error is that of the time
         return value / high, value / low
     return value * low, value * high
 
@@ -76,7 +76,7 @@ def shown_speedup(result: Result) -> str:
 
 
 def status_text(result: Timed) -> str:
-    """Return a point's status for readers: ``OOM`` instead of ``oom``."""
+    """Return a human-readable status: ``OOM`` instead of ``oom``."""
     return "OOM" if result.oom else result.status
 
 

@@ -42,7 +42,7 @@ _HEADLINES = {0: "nothing regressed", 1: "REGRESSED", 2: "NOT COMPARED"}
 
 
 def page(comparison: Comparison) -> Page:
-    """Return the page of a comparison."""
+    """Return the report of a comparison as a page."""
     grids = []
     benchmarks = tuple(run for run in comparison.runs if run.is_benchmark)
     if points := tuple(run for run in comparison.runs if not run.is_benchmark):
@@ -139,7 +139,8 @@ def _rules(comparison: Comparison) -> list[str]:
 
 
 def _shown_from(judged: Sequence[Change]) -> str:
-    """Return the smallest growth that the comparison can detect, and what this assumes."""
+    """Describe the smallest growth that the comparison can detect, and what this assumes; empty if
+    unknown."""
     limits = {c.shown_from for c in judged if c.shown_from is not None}
     shown = sorted({round(limit, 4) for limit in limits if math.isfinite(limit)})
     if not shown:
@@ -224,7 +225,7 @@ def _cell(run: RunChange, figure: Figure) -> str:
         new = "OOM"
     text = NOTHING if base == new == NOTHING else f"{base} -> {new}"
     change = run.change(figure.name)
-    # Growth is of the cost, so next to a rate it would read as if the rate had grown.
+    # Growth refers to the cost; shown next to a rate, it would read as growth of the rate.
     is_shown = change is not None and not figure.higher_is_better
     return f"{text} ({change.growth:+.1%})" if change is not None and is_shown else text
 

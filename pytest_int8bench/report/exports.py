@@ -24,9 +24,9 @@ class Metric:
     """One figure of one point."""
 
     point: str
-    """Workload and test, which stay the same across commits."""
+    """Workload and test, which identify the point across commits."""
     name: str
-    """Field of the figure, such as ``batch_time_s``."""
+    """Name of the field, such as ``batch_time_s``."""
     value: float
     low: float | None = None
     """Lower end of the 95 % interval."""
@@ -40,9 +40,9 @@ class Metric:
 
 
 def metrics(saved: Saved) -> list[Metric]:
-    """Return the figures of measured points and of their accuracy verdicts.
+    """Return the figures of measured points and of accuracy verdicts.
 
-    Points that failed or were throttled and verdicts on random weights are left out.
+    Points that failed or were throttled are left out, and so are verdicts on random weights.
     """
     found = [m for result in saved.timed if _problem(result) is None for m in _of(result)]
     for verdict in saved.accuracy:
@@ -75,7 +75,7 @@ def github_action_benchmark(
 ) -> list[dict[str, Any]]:
     """Return the metrics of one direction for github-action-benchmark.
 
-    Its tools ``customBiggerIsBetter`` and ``customSmallerIsBetter`` each read one direction.
+    Its tool ``customBiggerIsBetter`` reads one direction, ``customSmallerIsBetter`` the other.
     """
     machine = describe(environment)
     return [
@@ -93,7 +93,7 @@ def github_action_benchmark(
 
 def _of(result: Timed) -> Iterator[Metric]:
     for figure in FIGURES.values():
-        # Only figures that the gate compares or charts show are sure to declare their direction.
+        # Only figures that are gated or charted are sure to declare which direction is better.
         is_tracked = figure.kind != "text" and (figure.option or figure.title)
         value = figure.of(result) if is_tracked else None
         if not is_number(value):
@@ -129,7 +129,7 @@ def _accuracy(
     *,
     higher_is_better: bool = False,
 ) -> Metric:
-    """Return an accuracy metric. Bounds are infinite if there are too few samples."""
+    """Return an accuracy metric. With too few samples, its bounds are infinite."""
     return Metric(
         point=_label(verdict),
         name=name,

@@ -29,7 +29,7 @@ def case_status(exit_code: int, *, is_skipped: bool) -> str:
     """Return the status of a case from its exit code.
 
     Args:
-        exit_code: the case's contribution to the exit code of a comparison.
+        exit_code: what the case alone contributes to the exit code of the comparison.
         is_skipped: whether to report a passing case as skipped.
     """
     if exit_code == PASSES:

@@ -1,4 +1,4 @@
-"""Remarks on the parts of a model that quantization left out."""
+"""Describe the parts of a model that were left unquantized."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.words import some
 
-#: Layers listed by name; the others are only counted.
+#: Number of layers to list by name; the others are only counted.
 _NAMED = 3
 
 
 def left_out_remarks(result: Result) -> list[str]:
-    """Return remarks on attention and MLP layers, attention calls and weights left unquantized."""
+    """Return remarks on the attention and MLP layers, attention calls and weights that were left
+    unquantized."""
     covered = result.coverage or {}
     left = f"left in {result.float_dtype}: {result.label}"
     lines = []

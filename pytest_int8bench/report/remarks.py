@@ -1,4 +1,4 @@
-"""Remarks about results: one line each, below the table."""
+"""Remarks on results, one line each, to show below the table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pytest_int8bench.report.tables import number
 from pytest_int8bench.results.records import Result, Timed
 from pytest_int8bench.words import plural, some
 
-#: Follows a rate that was measured while the GPU was throttled.
+#: Appended to a rate that was measured while the GPU was throttled.
 THROTTLED_MARK = "*"
 MAX_SYNCHRONIZATION_SHARE = 0.005
 #: A point is host-bound if kernels run for less than this share of the batch time.
@@ -22,7 +22,8 @@ FEED_BOUND = 0.02
 
 
 def status_remarks(result: Timed) -> list[str]:
-    """Return a remark with the reason of a point that is not ``ok``, or with its note."""
+    """Return a remark with the reason why a point is not ``ok``, or with the note on an ``ok``
+    point."""
     if result.status == "ok" and not result.reason:
         return []
     mark = "note" if result.status == "ok" else result.status
@@ -30,7 +31,7 @@ def status_remarks(result: Timed) -> list[str]:
 
 
 def remarks(result: Result) -> list[str]:
-    """Return the remarks on a point beyond its row and its status."""
+    """Return the remarks on a point, other than its status, that are not in its row."""
     lines = []
     name = result.label
     if result.throttled:
@@ -56,7 +57,8 @@ def remarks(result: Result) -> list[str]:
         lines.append(
             f"no CUDA graphs: {name}: the compile mode asks for them, but Inductor skipped them"
         )
-    # Regions never support torchao's tensors, so a remark on each of its points would be noise.
+    # Regions never support torchao's tensors, so a remark on every point with torchao would be
+    # noise.
     if result.regions_refused is not None and result.int8_backend != "torchao":
         lines.append(f"compiled one by one: {name}: repeated blocks: {result.regions_refused}")
     if (feeding := _feeding(result)) is not None:
@@ -65,7 +67,8 @@ def remarks(result: Result) -> list[str]:
 
 
 def upper_bound_remarks(result: Result) -> list[str]:
-    """Return a remark on a point's INT8 upper bound and the part of that gain it achieved."""
+    """Return a remark on a point's INT8 upper bound and the share of the possible gain it
+    achieved."""
     basis = result.ceiling or {}
     if problem := basis.get("problem"):
         return [f"upper bound: {result.label}: unknown: {problem}"]
@@ -86,7 +89,7 @@ def upper_bound_remarks(result: Result) -> list[str]:
     if result.ceiling_reached is not None:
         part = max(result.ceiling_reached, 0.0)
         if part > 1 and (result.speedup_low or math.inf) <= result.ceiling_speedup:
-            part = 1.0  # the speedup's interval includes the bound
+            part = 1.0  # the speedup's interval includes the upper bound
         text += f"; {f'{part:.0%}' if part else 'none'} of the possible gain achieved"
         if part > 1:
             text += " (the bound assumes that all other kernels take as long as in the baseline)"
@@ -112,7 +115,8 @@ def _int8_attention(basis: Mapping[str, Any]) -> str:
 
 
 def _feeding(result: Result) -> str | None:
-    """Return a remark on how much of feeding from the host is hidden behind compute."""
+    """Return a remark on how much of the time to feed a batch from the host is hidden behind
+    compute."""
     copy_s, exposed_s = result.feed_copy_s, result.feed_exposed_s
     if copy_s is None or exposed_s is None:
         return None
@@ -145,7 +149,8 @@ def _feeding(result: Result) -> str | None:
 
 
 def short_rounds(results: Sequence[Result]) -> str | None:
-    """Return a remark on rounds that are too short to be exact, or None if there are none."""
+    """Return a remark on points whose rounds are too short for exact times, or None if there are
+    none."""
     short = [r for r in results if (r.synchronization_share or 0) > MAX_SYNCHRONIZATION_SHARE]
     if not short:
         return None

@@ -24,9 +24,9 @@ MISSING = "-"
 MARKDOWN_BYTES = 1 << 20
 _WIDE = 1000
 _WIDEST = 1 << 30
-#: Names are folded at this width or wider.
+#: Folded names keep at least this width.
 _FOLDED = 20
-#: Where to find the rows and remarks that a Markdown file leaves out.
+#: Tells readers where to find the rows and remarks that a Markdown file leaves out.
 _ELSEWHERE = "the worst are shown first; the log and the --json file have all of them"
 #: Styles of rows with a problem, worst first.
 _WORST = ("red", "yellow")
@@ -48,7 +48,7 @@ class Grid:
     styles: Sequence[str | None]
     """Style of each row; None for plain."""
     name: str
-    """The column that names each row. It is folded before any other."""
+    """The column that names each row. It is folded before any other column."""
     left: Sequence[str] = ()
     """Left-aligned columns besides ``name``."""
     keys: Sequence[str] = ()
@@ -60,9 +60,9 @@ class Grid:
     def text(self, *, width: int | None, color: bool) -> str:
         """Return the table for a terminal of ``width`` columns, or at full width for None.
 
-        If it is too wide even with folded names, columns without figures are dropped and the others
-        are split into several tables. Figures are never cut, as a cut figure reads like a different
-        one, so a table may still exceed the width.
+        If it is too wide even with folded names, empty columns are dropped, and if necessary the
+        others are split into several tables. Figures are never cut, as a cut figure reads like a
+        different one, so a table may still exceed the width.
         """
         width = width or _WIDE
         deciding = zip(*(self._deciding[column] for column in self.columns), strict=True)
@@ -80,8 +80,9 @@ class Grid:
     def _printed(
         self, columns: Sequence[str], widths: Mapping[str, int], width: int, color: bool
     ) -> str:
-        """Print some columns, folding those in ``widths``. Rich lays out only the rows that decide
-        the widths of columns, which takes a hundredth of the time."""
+        """Return a table of the given columns as text, folding each column in ``widths`` (column ->
+        width). Rich lays out only the rows that decide column widths, which takes a hundredth of
+        the time."""
         places = [self.columns.index(column) for column in columns]
         rows: list[Row] = [
             ([one_line(row[place]) for place in places], style)
@@ -96,7 +97,7 @@ class Grid:
 
     @functools.cached_property
     def _deciding(self) -> dict[str, tuple[str, str]]:
-        """The cells that decide each column's width: the widest, and the one with the longest
+        """Column -> the two cells that decide its width: the widest, and the one with the longest
         word."""
         return {
             column: (
@@ -110,7 +111,8 @@ class Grid:
     def _table(
         self, columns: Sequence[str], widths: Mapping[str, int], rows: Iterable[Row]
     ) -> Table:
-        """Return a rich table of some columns, folding those in ``widths``."""
+        """Return a rich table of the given columns, folding each column in ``widths`` (column ->
+        width)."""
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         for column in columns:
             table.add_column(
@@ -127,7 +129,8 @@ class Grid:
         return table
 
     def _parts(self, width: int) -> list[list[str]]:
-        """Split the columns into tables no wider than ``width``, where that is possible."""
+        """Divide the columns among tables no wider than ``width``, if possible; each has name and
+        keys."""
         keys = [column for column in self.columns if column in (self.name, *self.keys)]
         least = [min(self._width(key), _FOLDED) for key in keys]
         others = [column for column in self.columns if column not in keys]
@@ -155,7 +158,8 @@ class Grid:
         return [[*keys, *part] for part in split(even)]
 
     def _key_widths(self, columns: Sequence[str], width: int) -> dict[str, int]:
-        """Return the widths of ``name`` and keys: as wide as needed, if there is room."""
+        """Return the width of the name column and of each key column: as wide as needed, if there
+        is room."""
         keys = [self.name, *(column for column in columns if column in self.keys)]
         widths = {key: min(self._width(key), _FOLDED) for key in keys}
         for key in keys:
@@ -197,13 +201,13 @@ class Grid:
 
 
 def as_much_as_fits(text_of: Callable[[int], str], most: int, limit_bytes: int) -> str:
-    """Return the text with as many rows of each table as fit into ``limit_bytes``. If none fits,
+    """Return the text with as many rows of each table as fit into ``limit_bytes``. If no row fits,
     return the text without rows, which may still be too large.
 
     Args:
         text_of: returns the text with at most the given number of rows per table.
         most: number of rows of the complete text, which is known to be too large.
-        limit_bytes: largest size of the text in UTF-8.
+        limit_bytes: maximum size of the text in UTF-8.
     """
     fits, too_many = 0, most
     while too_many - fits > 1:
@@ -221,7 +225,7 @@ def _badness(style: str | None) -> int:
 
 
 def _total(widths: Sequence[int]) -> int:
-    """Return the total width of columns, with a space between each two."""
+    """Return the total width of columns, with a space between adjacent ones."""
     return sum(widths) + len(widths) - 1
 
 
@@ -285,15 +289,15 @@ def _console(stream: TextIO, width: int, color: bool) -> Console:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A report of the gate: a headline, tables and remarks."""
+    """A report of a comparison: a headline, tables and remarks."""
 
     title: str
     headline: str
     grids: Sequence[Grid]
     remarks: Sequence[str]
-    """Remarks beyond the tables, worst first."""
+    """Remarks that are not in the tables, worst first."""
     footer: Sequence[str]
-    """Lines that say what was compared, and how."""
+    """Lines that describe what was compared, and how."""
 
     def text(self, *, width: int | None, color: bool) -> str:
         """Return the page for a terminal or a log, with the headline last."""
@@ -341,7 +345,7 @@ def escaped(line: str) -> str:
 
 
 def _without_meaning(found: re.Match[str]) -> str:
-    # GitHub looks for these after rendering Markdown, when a backslash would be gone.
+    # GitHub looks for these after it has rendered Markdown and removed any backslashes.
     if found["github"]:
         return f"<span>{found[0]}</span>"
     return f"{found[0][:-1]}\\{found[0][-1]}"

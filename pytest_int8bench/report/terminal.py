@@ -21,7 +21,7 @@ from pytest_int8bench.results.records import Result, Saved, Timed
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 from pytest_int8bench.words import plural
 
-#: Follows a verdict on a model with random weights.
+#: Appended to a verdict on a model with random weights.
 _PIPELINE = "*"
 PIPELINE_CHECK = (
     f"{_PIPELINE} pipeline check: the weights are random, so the verdict only shows that scoring "
@@ -30,7 +30,7 @@ PIPELINE_CHECK = (
 
 
 def render(saved: Saved, *, width: int | None, color: bool) -> str:
-    """Return tables, remarks and the machine as text.
+    """Return the tables, the remarks and a description of the machine as text.
 
     Args:
         saved: the results to show.
@@ -82,7 +82,8 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
 
 
 def _olmoearth_version(results: Sequence[Result]) -> str | None:
-    """Return a line on what run names of OlmoEarth leave out; None without such results."""
+    """Return a line on the model version, which run names of OlmoEarth omit; None without such
+    results."""
     ours = [result for result in results if result.workload == "olmoearth"]
     versions = sorted({str(v) for r in ours if (v := r.params.get("model_version"))})
     if not versions:
@@ -195,14 +196,14 @@ def shown_drop(verdict: Accuracy) -> str:
 
 
 def verdict_remarks(verdict: Accuracy) -> list[str]:
-    """Return the remarks on a verdict beyond its row."""
+    """Return the remarks on a verdict that are not in its row."""
     from pytest_int8bench.report.verdict_text import beside_row
 
     return beside_row(verdict)
 
 
 def sensitivity_table(found: Sensitivity) -> Grid:
-    """Return a table of the loss of each layer or block."""
+    """Return a table of the loss from quantizing each layer or block."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         f"{precision(found.params)} in one {found.by} alone": lambda row: str(row["name"]),
         "SQNR dB": lambda row: MISSING if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",

@@ -15,7 +15,7 @@ _CLOSE = "its outputs are close to the baseline's, which does not measure accura
 
 
 def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:
-    """Return the message of a failing test: each verdict in one line and its figures, worst first.
+    """Return the message of a failing test: for each verdict, a line and its figures, worst first.
 
     Args:
         verdicts: the verdicts that did not pass.
@@ -34,7 +34,7 @@ def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:
 
 
 def describe(verdict: Accuracy) -> list[str]:
-    """Return a verdict as lines of text. The first line is complete in itself."""
+    """Return a verdict as lines of text. The first line can stand alone."""
     name = verdict.label
     check = " (pipeline check: random weights)" if verdict.is_pipeline_check else ""
     if verdict.metric == NO_LABELS:
@@ -65,7 +65,7 @@ def describe(verdict: Accuracy) -> list[str]:
 
 
 def beside_row(verdict: Accuracy) -> list[str]:
-    """Return the lines on a verdict that supplement its row in a table."""
+    """Return lines that supplement the row of a verdict in a table."""
     if verdict.is_pipeline_check or verdict.outcome == "PASS":
         return []
     if verdict.needed is not None:  # all other figures are in the row
@@ -87,7 +87,7 @@ def _undecided(verdict: Accuracy) -> str:
 
 
 def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines on the remedies that were tried, and the configurations that pass."""
+    """Return lines that list the remedies tried, and the configurations that passed."""
     lines = []
     for row in tried:
         name = f"{row['rung']} ({row['setting']})" if row["setting"] else row["rung"]
@@ -128,7 +128,8 @@ def _cost(row: Mapping[str, Any]) -> str:
 
 
 def describe_distance(verdict: Accuracy) -> str:
-    """Return the figures of an output comparison, and those of the same comparison without INT8."""
+    """Return the figures of an output comparison, followed by its noise floor: the same figures
+    without INT8."""
     found, floor = verdict.distance or {}, verdict.floor or {}
     formats: dict[str, tuple[str, Callable[[float], str]]] = {
         "cosine": ("cosine", lambda v: f"{v:.5f}"),

@@ -1,8 +1,8 @@
 """Log each measured point as a run of Weights & Biases at the end of the session.
 
 ``wandb.init`` starts a process and threads, and waits for the network when online, so logging
-earlier would disturb measurements. By the end of the session the journal holds every point with its
-final status and verdicts, even if logging fails.
+earlier would disturb measurements. By then, the journal holds every point with its final status and
+verdicts, even if logging fails.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _VERDICT = ("outcome", "samples", "baseline", "candidate", "limit", "drop", "dro
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A point as it is logged."""
+    """A point as logged."""
 
     name: str
     config: dict[str, Any]
@@ -54,17 +54,18 @@ def check_installed() -> None:
     """Check that wandb is installed, without importing it.
 
     Raises:
-        ValueError: one line that says how to install wandb.
+        ValueError: if it is not; one line that says how to install wandb.
     """
     spec = importlib.util.find_spec("wandb")
-    # wandb's folder of runs in the working directory looks like a package without an origin.
+    # A folder of runs that wandb created in the working directory looks like a package without an
+    # origin.
     if spec is None or spec.origin is None:
         raise ValueError("needs wandb: pip install 'pytest-int8bench[wandb]'")
 
 
 def runs_of(saved: Saved, *, every: bool) -> list[TrackedRun]:
-    """Return the runs to log: results that were not skipped with their verdicts, and points that
-    have verdicts only.
+    """Return the runs to log: results that were not skipped, with their verdicts, and points that
+    have only verdicts.
 
     Args:
         saved: the session's records.
@@ -98,8 +99,8 @@ def runs_of(saved: Saved, *, every: bool) -> list[TrackedRun]:
 def metrics_of(result: Result, gpu: str | None) -> dict[str, Any]:
     """Return the measured figures of a point, some also under the original project's names.
 
-    ``mean_batch_time`` and ``mean_batch_token_rate`` (tokens over that time) use the mean over all
-    batches. All other rates use the median.
+    ``mean_batch_time`` is the mean over all batches, and ``mean_batch_token_rate`` uses it. All
+    other rates use the median.
     """
     values: dict[str, Any] = {"oom_occurred": int(result.oom), "gpu_name": gpu}
     for figure in FIGURES.values():
@@ -111,13 +112,13 @@ def metrics_of(result: Result, gpu: str | None) -> dict[str, Any]:
 
 
 def log(runs: Sequence[TrackedRun], *, folder: Path, group: str | None = None) -> Tracked:
-    """Log ``runs`` without raising, as the results are already saved. An interrupt only ends the
+    """Log ``runs`` without raising, as the results are already saved. An interrupt ends only the
     logging.
 
     Args:
         runs: the runs to log.
-        folder: parent of wandb's own folder, unless ``WANDB_DIR`` names one.
-        group: name of the group of runs; None for ``WANDB_RUN_GROUP`` or else a time stamp.
+        folder: parent of the folder that wandb creates, unless ``WANDB_DIR`` is set.
+        group: name of the group of runs; None for ``WANDB_RUN_GROUP`` or, if unset, a timestamp.
     """
     if not runs:
         return Tracked("wandb: nothing logged: no point was measured", failed=False)
@@ -128,7 +129,7 @@ def log(runs: Sequence[TrackedRun], *, folder: Path, group: str | None = None) -
         with _quiet():
             for run in _log_each(runs, folder, group):
                 done.append(run)
-    except Exception as error:  # stop at the first, as a network may take a minute to fail
+    except Exception as error:  # stop at the first error: a network may take a minute to fail
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_PROBLEM]}"
     except KeyboardInterrupt:
         problem = "interrupted"
@@ -154,11 +155,12 @@ def _log_each(runs: Sequence[TrackedRun], folder: Path, group: str | None) -> It
             project=settings.project or PROJECT,
             dir=os.environ.get("WANDB_DIR") or str(folder),
             config=tracked.config,
-            reinit="create_new",  # leave a run alone that the tests themselves have open
+            reinit="create_new",  # leave alone a run that the tests themselves have open
             settings=wandb.Settings(
                 console="off",
                 silent=True,
-                # The point was measured earlier, so current load and temperature are unrelated.
+                # The point was measured earlier, so the current load and temperature are
+                # irrelevant.
                 x_disable_stats=True,
             ),
         )
@@ -171,8 +173,8 @@ def _log_each(runs: Sequence[TrackedRun], folder: Path, group: str | None) -> It
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep wandb from writing into pytest's output and from asking for an API key. Without a
-    terminal, it raises instead of asking."""
+    """Keep wandb from writing to pytest's output and from prompting for an API key: without a
+    terminal, it raises an error instead."""
     stdin = sys.stdin
     with (
         open(os.devnull, encoding="utf-8") as nothing,

@@ -1,4 +1,4 @@
-"""Check where a report is to be written before anything is measured, and write it."""
+"""Check before anything is measured that a report can be written, and write it at the end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def publish(named: Sequence[tuple[str, Saved]], path: Path) -> None:
     """Write a report atomically.
 
     Args:
-        named: name and content of each saved file, oldest first.
+        named: the name and the content of each saved file, oldest first.
         path: the report's path, as :func:`check_output` returned it.
 
     Raises:

@@ -16,7 +16,7 @@ from pytest_int8bench.results.shapes import Params
 STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
 #: Start of the reason of a test that ran with pytest-benchmark disabled.
 NOT_MEASURED = "ran once, not measured"
-#: Start of the remark on a point whose speedup and rates disagree.
+#: Start of the remark on a point whose speedup and rates contradict each other.
 SPEED_CHANGED = "the machine's speed changed between the two tests"
 
 #: Saved as the workload of a point that failed before its workload was known.
@@ -28,7 +28,8 @@ class SchemaError(ValueError):
 
 
 def point_label(workload: str, run_name: str) -> str:
-    """Return the run name, preceded by the workload unless that is the default or none."""
+    """Return the run name, preceded by the workload unless that is the default one or there is
+    none."""
     is_plain = workload in ("olmoearth", PLAIN, UNKNOWN_WORKLOAD)
     return run_name if is_plain else f"{workload}: {run_name}"
 
@@ -38,10 +39,10 @@ class Record:
     """A saved record of one test at one point."""
 
     KIND: ClassVar[str]
-    """Name of the kind of record in errors."""
+    """Name of this kind of record in errors."""
 
     nodeid: str
-    """pytest node id; with ``workload`` the identity across commits."""
+    """pytest node id; together with ``workload``, it identifies the record across commits."""
     workload: str
     """Name of the workload."""
     run_name: str
@@ -59,7 +60,7 @@ class Record:
 
     @property
     def label(self) -> str:
-        """Name of the point for readers: see :func:`point_label`."""
+        """Human-readable name of the point: see :func:`point_label`."""
         return point_label(self.workload, self.run_name)
 
     @property
@@ -118,12 +119,12 @@ class Measured(Record):
 
     @property
     def oom(self) -> bool:
-        """Whether the point ran out of memory (``status`` is ``oom``), which is a result."""
+        """Whether the point ran out of memory (``status`` is ``oom``), which counts as a result."""
         return self.status == "oom"
 
 
 def _copy(value: Any) -> Any:
-    """Return a deep copy of a record's value. :func:`dataclasses.asdict` is ten times slower."""
+    """Return a deep copy of a record's value, ten times as fast as :func:`dataclasses.asdict`."""
     if isinstance(value, dict):
         return {name: _copy(entry) for name, entry in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 """Read plain benchmarks: tests that use pytest-benchmark's own ``benchmark`` fixture.
 
-pytest-benchmark saves their times in seconds per call, however many iterations a round has. Files
-without our block describe the machine by ``machine_info`` only.
+pytest-benchmark saves their times in seconds per call, regardless of the iterations per round. In
+files without our block, only ``machine_info`` describes the machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pytest_int8bench.results.checks import Count, check, shown
 from pytest_int8bench.results.figure import PLAIN
 from pytest_int8bench.results.shapes import Timing
 
-#: Standard error of a median over the standard error of a mean, for normally distributed times.
+#: Ratio of the standard error of a median to that of a mean, for normally distributed times.
 _MEDIAN_FACTOR = math.sqrt(math.pi / 2)
 #: Interquartile range of a normal distribution, in standard deviations.
 _QUARTILES = 1.349
@@ -35,7 +35,7 @@ class Benchmark(Measured):
     IS_PLAIN = True
 
     call_time_s: float | None = None
-    """Median over the rounds of the time per call (time of a round over its iterations)."""
+    """Median over the rounds of the time per call (the round's time divided by its iterations)."""
     call_time_mean_s: float | None = None
     """Mean over the rounds."""
     call_time_min_s: float | None = None
@@ -86,7 +86,7 @@ class Benchmark(Measured):
 
     @property
     def median_s(self) -> float | None:
-        """Time of the median round, which represents the process."""
+        """Time per call of the median round, which represents the process in comparisons."""
         return self.call_time_s
 
     @property
@@ -115,7 +115,8 @@ def _standard_error(stats: Mapping[str, Any]) -> float | None:
 
 
 def used_parts(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of pytest-benchmark's JSON that are used, without the times of rounds."""
+    """Return the parts of pytest-benchmark's JSON that are used, without the times of single
+    rounds."""
     timings = data.get("benchmarks")
     if isinstance(timings, list):
         timings = [_part(t, ("fullname", "stats", "options", "extra_info")) for t in timings]
@@ -148,7 +149,7 @@ def _part(value: Any, names: Iterable[str]) -> Any:
 
 def partial_environment(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return a fingerprint from pytest-benchmark's ``machine_info`` and ``commit_info``, for a file
-    without our own. ``only`` lists the names that are known."""
+    without our own. Its entry ``only`` lists the names that are known."""
     info, commit = data.get("machine_info") or {}, data.get("commit_info") or {}
     cpu, system = info.get("cpu") or {}, [info.get("system"), info.get("machine")]
     found = {
@@ -172,7 +173,7 @@ def partly_known(environment: Mapping[str, Any]) -> str | None:
 
 
 def unsynchronized(benchmarks: Iterable[Benchmark], environment: Mapping[str, Any]) -> str | None:
-    """Return a warning about times that may not include work on the GPU, or None."""
+    """Return a warning if times may not include work on the GPU, else None."""
     if not environment.get("gpu"):
         return None
     names = [b.nodeid for b in benchmarks if b.call_time_s and not b.waits_for_device]

@@ -1,4 +1,4 @@
-"""Check values against their annotations: types, ``None``, lists, objects and rules.
+"""Check values against type annotations: plain types, ``None``, lists, objects and rules.
 
 :func:`check_fields` checks every record when it is created or read, including nested values, so
 that code can rely on the annotations. Numbers must be finite. Fields without an annotation, which
@@ -35,12 +35,12 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Fields that an object must have if it has another one, for use in ``Annotated``."""
+    """Fields that an object must have if it has a certain other field, for use in ``Annotated``."""
 
     name: str
     """The field that needs others."""
     others: tuple[str, ...]
-    """The needed fields."""
+    """The fields that it needs."""
 
 
 #: A number above 0.
@@ -49,11 +49,11 @@ Positive = Annotated[float, Rule("a number above 0", is_positive)]
 NotNegative = Annotated[
     float, Rule("a number of at least 0", lambda value: is_number(value) and value >= 0)
 ]
-#: A share of a whole; rounding errors may take it slightly above 1.
+#: A share of a whole; rounding errors may put it slightly above 1.
 Share = Annotated[
     float, Rule("a share from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1 + 1e-6)
 ]
-#: End of an interval: a number, or an infinity if there are too few samples for a bound.
+#: End of an interval: a number, or infinite if there are too few samples for a bound.
 Bound = Annotated[
     float,
     Rule("a number", lambda value: is_number(value) or value in (-math.inf, math.inf)),
@@ -87,7 +87,8 @@ class WrongValueError(ValueError):
         self._path = ""
 
     def inside(self, place: str) -> WrongValueError:
-        """Prepend the field or list index that holds the value to the path in the error."""
+        """Prepend the field or list index that holds the value to the error's path, and return the
+        error."""
         self._path = f"{place}{self._path}"
         return self
 
@@ -124,7 +125,7 @@ def shown(value: Any) -> str:
 
 
 def short(text: str) -> str:
-    """Return a text from a file, such as a node id, cut to a length that suits an error."""
+    """Return a text from a file, such as a node id, cut to a length suitable for an error."""
     most = 2 * _MOST_CHARACTERS
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
@@ -150,7 +151,7 @@ def _check_of(hint: Any) -> _Check:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         plain, *further = arguments
-        if any(isinstance(argument, Rule) for argument in further):  # rules check the type too
+        if any(isinstance(argument, Rule) for argument in further):  # its rules check the type too
             return _all(list(map(_check_of, further)))
         return _all([*map(_check_of, further), _check_of(plain)])
     if origin in (Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""The description of one figure of a result; :mod:`.figures` has the instances.
+"""Describe one figure of a result; :mod:`.figures` has the instances.
 
 pytest imports this module at every start, so it imports nothing heavy. Results are ``Any``, as
 :mod:`~.result` imports this module.
@@ -15,10 +15,10 @@ from typing import Any, Literal
 PLAIN = "pytest-benchmark"
 
 
-# Neither frozen nor with eq and repr, which cost time at every start of pytest.
+# Not frozen, and without eq and repr, because these cost time at every start of pytest.
 @dataclass(kw_only=True, eq=False, repr=False)
 class Figure:
-    """One quantity of a result, or a text shown among its figures."""
+    """One quantity of a result, or a text that is shown along with the quantities."""
 
     field: str
     """Field of ``Result``, or a new name for a computed figure. It is also the figure's name in
@@ -32,7 +32,7 @@ class Figure:
     check: Literal["positive", "number", "text"] | None = None
     """The check that a value must pass when a result is created or read; None checks nothing."""
     wandb_alias: str = ""
-    """Second name in Weights & Biases, as used by the original project."""
+    """Additional name in Weights & Biases, as used by the original project."""
 
     header: str = ""
     """Header of its column in tables; empty for a figure without a column."""
@@ -41,27 +41,28 @@ class Figure:
     unit: str = ""
     """Unit in which values are shown."""
     scale: float = 1.0
-    """Factor from the unit of the field to ``unit``."""
+    """Factor that converts the field's unit to ``unit``."""
     kind: Literal["number", "share", "ratio", "text", "time"] = "number"
     """Format of values: ``1,235``, ``42%``, ``1.85x``, the text itself, or a time as ``3.5 µs``."""
     interval: tuple[str, str] | None = None
-    """Fields that hold the ends of its 95 % interval."""
+    """Names of the fields that hold the lower and upper end of its 95 % interval."""
     standard_error: str = ""
-    """Field that holds the relative standard error of the time from which it is computed."""
+    """Name of the field that holds the relative standard error of the time underlying the
+    figure."""
     no_interval: str = ""
     """Text shown instead of the interval if a result has none."""
     mark: Callable[[Any], str] | None = None
     """Returns a suffix for the value in tables, such as `` (warm)``."""
     shown: Literal["always", "where measured", "where judged"] = "always"
-    """When tables have the column: always; if a result has a value; or only in comparisons, if a
-    limit judges the figure."""
+    """When tables have the column: always; if any result has a value; or only in comparisons, if a
+    limit applies to the figure."""
     leads: bool = False
     """Whether the column comes first when a table is split to fit a terminal."""
     shows_status: bool = False
     """Whether this column shows that a point ran out of memory, failed or was throttled."""
 
     higher_is_better: bool = False
-    """Whether higher values are better; its cost is then the inverse."""
+    """Whether higher values are better, in which case the cost is the inverse of the value."""
     name: str = ""
     """Name in the gate and in the JSON of comparisons; required with ``option``."""
     option: str = ""
@@ -70,13 +71,13 @@ class Figure:
     help: str = ""
     """Describes the limited quantity in help texts; required with ``option``."""
     limit: float | None = None
-    """Largest relative growth of the cost that passes by default; None judges nothing."""
+    """Largest relative growth of the cost that passes by default; None for no limit."""
     floor: float = 0.0
-    """Default noise floor, used if there are too few files to estimate it: relative difference
-    between two processes of the same code that counts as noise. Required with ``option``."""
+    """Default noise floor, used if there are too few files to estimate it: the relative difference
+    between two processes running the same code that counts as noise. Required with ``option``."""
     spread: float | None = None
-    """Default relative standard deviation between processes of the same code, used if there are too
-    few files to estimate it; None takes twice the floor."""
+    """Default relative standard deviation between processes running the same code, used if there
+    are too few files to estimate it; None for twice the floor."""
     depends_on_clocks: bool = True
     """Whether thermal throttling of the GPU affects it."""
 
@@ -90,12 +91,12 @@ class Figure:
 
     @property
     def assumed_spread(self) -> float:
-        """Relative standard deviation between processes to assume."""
+        """The relative standard deviation to assume between processes."""
         return 2 * self.floor if self.spread is None else self.spread
 
     @property
     def is_time_of_batch(self) -> bool:
-        """Whether ``int8bench ab`` can measure it."""
+        """Whether it is a time or rate that ``int8bench ab`` can measure."""
         return self.field in ("samples_per_s", "batch_time_s", "call_time_s")
 
     def of(self, result: Any) -> Any:
@@ -123,7 +124,7 @@ class Figure:
         """
         if self.check is None or self.compute is not None:
             return
-        from pytest_int8bench.results.numbers import CHECKS  # no session validates at its start
+        from pytest_int8bench.results.numbers import CHECKS  # not needed when a session starts
 
         value = getattr(result, self.field, None)
         rule, is_valid = CHECKS[self.check]

@@ -3,7 +3,7 @@
 These rows drive everything that handles figures: validation of :class:`~.result.Result`, the
 session's table, the report, the comparison of saved files, the gate with its options and their
 help, and logging to Weights & Biases. A new figure needs a field of ``Result`` and a row here. A
-figure computed from other fields needs the row only, and another package may register it::
+figure computed from other fields needs only a row, which another package may register::
 
     register(
         Figure(
@@ -13,7 +13,7 @@ figure computed from other fields needs the row only, and another package may re
         )
     )
 
-A figure with an option of pytest must be registered before the plugin is loaded.
+A figure with a pytest option must be registered before the plugin is loaded.
 
 pytest imports this module at every start, so it imports nothing heavy. Results are ``Any``, as
 :mod:`~.result` imports this module.
@@ -28,7 +28,7 @@ from pytest_int8bench.results.figure import Figure as Figure
 
 #: Field -> figure, in the order of columns.
 FIGURES: dict[str, Figure] = {}
-#: Name -> figure, for the figures that the gate compares.
+#: ``Figure.name`` -> figure, for the figures that the gate compares.
 METRICS: dict[str, Figure] = {}
 
 

@@ -29,22 +29,22 @@ DEFAULT_FOLDER = Path(".benchmarks") / "int8bench"
 
 
 class Journal:
-    """Appends each record to a file immediately, so that a crash cannot lose finished records.
-
-    Readers keep only the last record of each identity.
+    """Appends each record to a file immediately, so that a crash cannot lose finished records. Of
+    the records with one identity, readers keep only the last.
     """
 
     def __init__(self, path: Path | None, environment: Mapping[str, Any]) -> None:
-        """Start a journal in a new file; None keeps the results in memory only.
+        """Start a journal in a new file, or only in memory if ``path`` is None.
 
         Raises:
             OSError: if the file cannot be created; ``FileExistsError`` if it already exists.
         """
         self.environment = dict(environment)
         self.order: Mapping[str, int] = {}
-        """Node id -> position among the tests, for tests that finish in another order."""
+        """Node id -> position among the tests, by which results are sorted if tests finish in
+        another order."""
         self.tell: Callable[[str], None] | None = None
-        """Called with each line, even if the file cannot be written."""
+        """Called with each line that is written, even if writing it to the file fails."""
         self._time = datetime.now(UTC).isoformat()
         self._records: list[Record] = []
         self._file: LineFile | None = None
@@ -71,7 +71,7 @@ class Journal:
         return journal
 
     def _line_file(self, path: Path, size: int | None) -> LineFile:
-        # The time has microseconds, so no other journal starts with the same text.
+        # The start time includes microseconds, so no other journal starts with the same text.
         mark = self._header().partition('"environment"')[0]
         return LineFile(path, self._lines, mark=mark, size=size)
 
@@ -81,7 +81,7 @@ class Journal:
 
     def _lines(self) -> Iterator[str]:
         yield self._header()
-        # Write results first, like older versions.
+        # Write results first, as older versions did.
         kinds = list(KINDS.values())
         for record in sorted(self._records, key=lambda record: kinds.index(type(record))):
             yield _line_of(record)
@@ -92,10 +92,10 @@ class Journal:
         return None if self._file is None else self._file.path
 
     def begin(self, environment: Mapping[str, Any]) -> None:
-        """Set the fingerprint of a journal that was started before it was known.
+        """Set the fingerprint of a journal that was started before the fingerprint was known.
 
         Raises:
-            OSError: if it cannot be written now; the next record writes it.
+            OSError: if writing fails; the fingerprint is then written with the next record.
         """
         self.environment = dict(environment)
         if self.tell is not None:
@@ -126,7 +126,7 @@ class Journal:
         return [record for record in self._records if record.nodeid == nodeid]
 
     def withdraw(self, records: Iterable[Record]) -> None:
-        """Remove records of a test that is run again, from the file too.
+        """Remove records of a test that is run again, both from memory and from the file.
 
         Raises:
             OSError: if the file cannot be written, in which case it is unchanged.
@@ -141,7 +141,8 @@ class Journal:
         return "".join(f"{line}\n" for line in self._lines())
 
     def problem(self) -> str | None:
-        """Write all records that the file lacks. Return one line if that fails, else None."""
+        """Write all records that the file lacks. Return one line that describes the problem if that
+        fails, else None."""
         if self._file is None:
             return None
         try:

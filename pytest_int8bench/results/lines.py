@@ -9,8 +9,8 @@ from pytest_int8bench.results.records import KINDS
 
 
 def wrapped(record: Record) -> dict[str, Any]:
-    """Return a record's values for a line of a journal. All but results are wrapped in an object
-    that names their kind."""
+    """Return a record's values for a line of a journal. All records but results are wrapped in an
+    object that names their kind."""
     [kind] = (name for name, kind in KINDS.items() if isinstance(record, kind))
     return record.to_dict() if kind == "results" else {kind: record.to_dict()}
 

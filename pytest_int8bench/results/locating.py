@@ -15,7 +15,7 @@ from pytest_int8bench.results.records import Saved
 from pytest_int8bench.words import plural
 
 _NUMBER = re.compile(r"[0-9]{4}|[1-9][0-9]{4,}")
-# pytest-benchmark's file names start with a number of four digits, or more past 9999.
+# pytest-benchmark's file names start with a number of four digits, or more above 9999.
 _NUMBERED = re.compile(rf"({_NUMBER.pattern})_.*\.json")
 
 
@@ -69,11 +69,11 @@ def find(name: str, storage: Path, *, journals: bool = False) -> list[Path]:
 
 
 def find_side(names: Sequence[str], storage: Path) -> list[Path]:
-    """Return the saved files of one side of a comparison.
+    """Return the saved files of one side (base or new) of a comparison.
 
     Raises:
-        FileError: one line, if a file does not exist, or was given twice, which would make the
-            noise look too small.
+        FileError: one line, if a file does not exist or is given twice, which would make the noise
+            look too small.
     """
     paths = [path for name in names for path in find(name, storage)]
     if len({real_path(path) for path in paths}) < len(paths):
@@ -82,10 +82,10 @@ def find_side(names: Sequence[str], storage: Path) -> list[Path]:
 
 
 def latest_two(storage: Path) -> tuple[Path, Path]:
-    """Return the two files that pytest-benchmark saved last on one machine, older first.
+    """Return the two files that pytest-benchmark saved last on one machine, the older one first.
 
-    They are found by their numbers. As other names can look numbered too, such as
-    ``2024_results.json``, the times in the files must agree with the numbers.
+    They are found by their numbers. Other names can look numbered too, such as
+    ``2024_results.json``, so the times in the files must agree with the numbers.
 
     Raises:
         FileError: one line, if there are fewer than two files, or numbers and times disagree.
@@ -99,7 +99,7 @@ def latest_two(storage: Path) -> tuple[Path, Path]:
             f"{storage} contains {plural(len(numbers), 'numbered file')} to compare, but two are "
             "needed; save them with --benchmark-autosave, or name BASE and NEW"
         )
-    # pytest-benchmark does not count past 10000, so several files can have the last number.
+    # pytest-benchmark does not count beyond 10000, so several files can have that number.
     base, new = sorted(numbers, key=lambda path: (numbers[path], _modified(path), path))[-2:]
     others = sorted(numbers, key=_modified)[-2:]
     times = {path: time for path in (base, new, *others) if (time := _time(path)) is not None}
@@ -123,7 +123,7 @@ def _modified(path: Path) -> float:
 
 
 def _time(path: Path) -> datetime | None:
-    """Return when a file was saved, or None if it does not say or cannot be read."""
+    """Return the time at which a file was saved, or None if it has none or cannot be read."""
     try:
         return read(path).time
     except (OSError, SchemaError):

@@ -1,4 +1,4 @@
-"""Checks of numbers and other values of figures."""
+"""Check numbers and the values of figures."""
 
 from __future__ import annotations
 

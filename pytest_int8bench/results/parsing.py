@@ -1,7 +1,7 @@
 """Read JSON from untrusted files, within limits.
 
-Reading always ends, whatever a path points to. The values returned are safe to traverse, print and
-show in errors.
+Reading always terminates, whatever a path points to. The returned values are safe to traverse,
+print and show in errors.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results.base import SchemaError
 
 MAX_BYTES = 2**30
-"""Largest size of a file. 10,000 results take about 50 MB."""
+"""Maximum size of a file in bytes. 10,000 results take about 50 MB."""
 MAX_CHARACTERS = 1_000_000
-"""Longest string."""
+"""Maximum length of a string."""
 MAX_LEVELS = 32
-"""Deepest nesting of objects and lists. Records have five levels."""
+"""Maximum depth of nested objects and lists. Records have five levels."""
 
 _MARKS = {
     codecs.BOM_UTF8: "starts with a byte order mark: save it as UTF-8 without one",

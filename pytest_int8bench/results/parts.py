@@ -21,7 +21,7 @@ class Serializable(Protocol):
 
 
 class KernelTime(Protocol):
-    """A kernel with its time in one forward."""
+    """A kernel with its time in one forward pass."""
 
     @property
     def name(self) -> str: ...
@@ -50,7 +50,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """Number of units in one batch."""
+    """Number of each kind of unit in one batch."""
 
     samples: float
     tokens: float | None = None
@@ -60,14 +60,14 @@ class Units:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per batch over the rounds of a measurement."""
+    """Statistics of the seconds per batch over the rounds of a measurement."""
 
     median_s: float
     mean_s: float
     p95_s: float
-    """95th percentile of the rounds; a round is the mean of its iterations."""
+    """95th percentile of the rounds; the time of a round is the mean of its iterations."""
     min_s: float
-    """The fastest round."""
+    """Time per batch in the fastest round."""
     standard_error: float
     """Estimated standard error of the median, relative to it."""
 
@@ -89,7 +89,8 @@ class Rounds:
 
 @dataclass(frozen=True)
 class FeedingCost:
-    """The cost of feeding a model from the host, measured against inputs on the device."""
+    """The cost of feeding a model from the host, compared with inputs that are already on the
+    device."""
 
     copy_s: float
     """Time to copy one batch, with nothing else running."""
@@ -103,7 +104,7 @@ class FeedingCost:
 
 @dataclass(frozen=True)
 class Feeding:
-    """Feeding of the model from the host during the rounds."""
+    """How the model was fed from the host during the rounds."""
 
     workers: int | None
     wait_s: float
@@ -123,7 +124,7 @@ class Comparison:
     method: str
     """``interleaved`` or ``separate``."""
     energy_ratio: float | None = None
-    """The baseline's energy per batch over the candidate's."""
+    """The baseline's energy per batch divided by the candidate's."""
 
     @property
     def is_interleaved(self) -> bool:
@@ -140,7 +141,7 @@ class Coverage(Serializable, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The kernels of one profiled forward."""
+    """The kernels of one profiled forward pass."""
 
     device_time_s: float | None
     int8_time_share: float
@@ -158,4 +159,4 @@ class UpperBound:
     reached: float | None = None
     """Share of the possible gain that was achieved."""
     sources: Serializable
-    """The quantities from which it was computed, or the problem."""
+    """The quantities from which it was computed, or why it is unknown."""

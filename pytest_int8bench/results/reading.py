@@ -6,13 +6,13 @@ pytest-benchmark's JSON gets a top-level ``int8bench`` object::
 
 ``environment`` is the fingerprint of :mod:`pytest_int8bench.environment`. ``results`` lists every
 finished point (:class:`Result`) whatever its status, ``accuracy`` every verdict
-(:class:`Accuracy`), and ``sensitivity`` every table of layers (:class:`Sensitivity`). A journal
-holds the same records as JSON lines after a header; all but results are wrapped in an object that
+(:class:`Accuracy`), and ``sensitivity`` every table of layers (:class:`Sensitivity`). A journal has
+a header, then the same records as JSON lines; all records but results are wrapped in an object that
 names their kind.
 
 Plain benchmarks (:class:`Benchmark`) are the tests that pytest-benchmark timed besides our points.
-They are in its own ``benchmarks``; ``benchmarks`` in our block lists those without a time, if any.
-A file without our block has plain benchmarks only.
+They are in its own ``benchmarks``; ``benchmarks`` in our block lists those without a time, if there
+are any. A file without our block has only plain benchmarks.
 
 All strings are cleaned here, once, so that a malicious file cannot inject anything into a terminal,
 the log of a CI server or Markdown.
@@ -101,8 +101,9 @@ def read(path: Path) -> Saved:
 
 
 def _benchmarks(path: Path, timings: list[Any], untimed: list[Benchmark]) -> list[Benchmark]:
-    """Return the plain benchmarks of a file, timed or not. An entry in ``untimed`` replaces the
-    timing of the same test, which pytest-benchmark may have saved before the test failed."""
+    """Return the plain benchmarks of a file, both timed and untimed. An entry in ``untimed``
+    replaces the timing of the same test, which pytest-benchmark may have saved before the test
+    failed."""
     timed = [_record(path, Benchmark.from_timing, timing, "fullname") for timing in timings]
     return latest((*timed, *untimed))  # keeps the last attempt of a test that was run again
 
@@ -117,7 +118,8 @@ def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = No
         except json.JSONDecodeError:
             if error is not None and not records:
                 raise SchemaError(_no_json(path, text, error)) from None
-            # A process killed while writing leaves half a last line; do not report that.
+            # A process that is killed while writing leaves an incomplete last line; do not report
+            # that.
             if number < len(lines) or text.endswith("\n"):
                 skipped.append(number)
     header = records[0].get("int8bench") if isinstance(records[0], dict) else None
@@ -161,7 +163,8 @@ def _no_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
 def _records(
     path: Path, kind: type[AnyRecord], values: list[Any], *, again: bool = False
 ) -> list[AnyRecord]:
-    """Read records. If identities repeat, keep the last record with ``again``, else raise."""
+    """Read records. If an identity repeats, keep the last record with ``again``, and raise
+    SchemaError without it."""
     found = [_record(path, kind.from_dict, value, "nodeid") for value in values]
     kept = latest(found)
     if not again and len(kept) < len(found):
@@ -172,7 +175,7 @@ def _records(
 
 
 def _record(path: Path, read: Callable[[Any], AnyRecord], value: Any, name: str) -> AnyRecord:
-    """Read a record whose node id is in the field ``name``, and name it in errors."""
+    """Read a record. Errors name its node id, which is in the field ``name``."""
     try:
         return read(value)
     except SchemaError as error:
@@ -182,7 +185,7 @@ def _record(path: Path, read: Callable[[Any], AnyRecord], value: Any, name: str)
 
 
 def _check_head(path: Path, head: Mapping[str, Any], kind: Any) -> None:
-    """Check the schema version and everything around the records."""
+    """Check the schema version and all values around the records."""
     schema = head.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool):
         raise SchemaError(f"{path}: schema must be a whole number, got {shown(schema)}")

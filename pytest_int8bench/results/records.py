@@ -14,7 +14,7 @@ from pytest_int8bench.results.result import Result as Result
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 SCHEMA = 1
-#: Records that the gate compares: points of this plugin, and plain benchmarks.
+#: A record that the gate compares: a point of this plugin, or a plain benchmark.
 Timed = Result | Benchmark
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 #: Field of :class:`Saved` -> the kind of its records.
@@ -35,13 +35,13 @@ class Saved:
     accuracy: list[Accuracy] = field(default_factory=list)
     sensitivity: list[Sensitivity] = field(default_factory=list)
     benchmarks: list[Benchmark] = field(default_factory=list)
-    """Plain benchmarks of pytest-benchmark."""
+    """Plain benchmarks, which pytest-benchmark timed itself."""
     is_journal: bool = field(default=False, compare=False)
     """Whether it was read from a journal."""
     skipped: tuple[int, ...] = field(default=(), compare=False)
     """Numbers of journal lines that are not valid JSON, such as a line cut by a full disk."""
     time: datetime | None = field(default=None, compare=False)
-    """When the JSON was saved or the journal started, in UTC; None if the file does not say."""
+    """When the JSON was saved or the journal started, in UTC; None if the file has no time."""
 
     @property
     def timed(self) -> list[Timed]:
@@ -55,11 +55,12 @@ class Saved:
 
     @classmethod
     def of(cls, environment: Mapping[str, Any], records: Iterable[Record]) -> Self:
-        """Sort records by kind into the content of a file."""
+        """Return the content of a file that holds records of any kind."""
         return cls(dict(environment), [])._with(records)
 
     def without(self, records: Iterable[Record]) -> Self:
-        """Return a copy without records that share kind and identity with one of ``records``."""
+        """Return a copy without the records that have the kind and identity of one of
+        ``records``."""
         gone = {(record.KIND, record.identity) for record in records}
         return self._with(r for r in self.records if (r.KIND, r.identity) not in gone)
 
@@ -85,8 +86,8 @@ class Saved:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the ``int8bench`` object of the JSON. It lists only plain benchmarks that are not
-        ``ok``, as pytest-benchmark saves the others."""
+        """Return the ``int8bench`` object of the JSON. Of the plain benchmarks, it lists only those
+        that are not ``ok``, as pytest-benchmark saves the others."""
         kept = {name: [record.to_dict() for record in getattr(self, name)] for name in KINDS}
         untimed = [entry for entry in kept.pop("benchmarks") if entry["status"] != "ok"]
         kept |= {"benchmarks": untimed} if untimed else {}

@@ -35,21 +35,23 @@ class Result(Measured):
     """Size of the allocation that failed, with status ``oom``."""
 
     samples_per_s: float | None = None
-    """Samples over the median batch time."""
+    """Samples per batch divided by the median batch time."""
     tokens_per_s: float | None = None
-    """Tokens over the median batch time, if the workload counts them."""
+    """Tokens per batch divided by the median batch time, if the workload counts tokens."""
     pixels_per_s: float | None = None
-    """Pixels of 10 m over the median batch time; all timesteps of a location count as one."""
+    """10 m pixels per batch divided by the median batch time; all timesteps of a location count as
+    one."""
     square_km_per_s: float | None = None
-    """Area of those pixels in km² over the median batch time."""
+    """Area of those pixels in km² divided by the median batch time."""
     batch_time_s: float | None = None
     """Median over the rounds."""
     batch_time_mean_s: float | None = None
-    """Mean over the rounds, which equals the mean over batches, as all rounds have equally many."""
+    """Mean over the rounds; all have the same number of batches, so it is also the mean over
+    batches."""
     batch_time_p95_s: float | None = None
     """95th percentile over the rounds."""
     batch_time_min_s: float | None = None
-    """Batch time of the fastest round, which other load on a CPU disturbs least."""
+    """Batch time of the fastest round, the one least disturbed by other load on a CPU."""
     batch_time_standard_error: float | None = None
     """Estimated standard error of the median, relative to it."""
     rounds: Count | None = None
@@ -60,23 +62,24 @@ class Result(Measured):
     """Estimated share of ``batch_time_s`` that the device waits for the host at the start of a
     round. Above 0.005, ``benchmark_interval_s`` was too short."""
     peak_memory_bytes: Count | None = None
-    """Peak memory of this model alone: weights, inputs, activations. None on a CPU."""
+    """Peak memory of this model alone: weights, inputs and activations. None on a CPU."""
     compile_s: float | None = None
-    """Time of the first call, including compilation but not the loading of Inductor; None in
+    """Duration of the first call, including compilation but not the import of Inductor; None in
     compile mode ``off``."""
     compile_cache: Annotated[str, one_of(COMPILE_CACHES)] | None = None
     """``warm`` if the first call found all its graphs in a compile cache on disk, else ``cold``;
-    None if nothing was looked up."""
+    None if no graph was looked up."""
     warm_up_s: float | None = None
     """Seconds from the first call to steady batch times."""
     steady: bool | None = None
-    """False if batch times had not settled when the warm-up's time ran out."""
+    """False if batch times had not settled by the end of the time allowed for warm-up."""
     cuda_graphs_skipped: bool | None = None
-    """Whether Inductor skipped the CUDA graphs that the compile mode asks for."""
+    """Whether Inductor skipped the CUDA graphs that the compile mode requests."""
     regions: Count | None = None
-    """Number of repeated blocks that share one compilation; 0 if none repeat or none can share."""
+    """Number of repeated blocks that share one compilation; 0 if no blocks repeat or none can
+    share."""
     regions_refused: str | None = None
-    """Why repeated blocks were compiled one by one; None if they were not."""
+    """Why repeated blocks were compiled one by one rather than once; None if they were not."""
 
     feed_workers: Count | None = None
     """Number of worker processes that load batches with ``feed=host``; 0 if the main process loads
@@ -84,8 +87,8 @@ class Result(Measured):
     feed_copy_s: float | None = None
     """Time to copy one batch from pinned memory to the device, with nothing else running."""
     feed_exposed_s: float | None = None
-    """Time that feeding adds to a batch, compared in alternation with inputs already on the device:
-    the part of feeding that compute does not hide. Negative values are noise."""
+    """Time that feeding adds to a batch, measured in alternation with inputs already on the device:
+    the part of feeding that is not hidden behind compute. Negative values are noise."""
     feed_exposed_low_s: float | None = None
     """Lower end of its 95 % interval."""
     feed_exposed_high_s: float | None = None
@@ -94,18 +97,19 @@ class Result(Measured):
     """Time per batch that the host waited for the loader or, without workers, spent loading."""
 
     speedup: float | None = None
-    """Baseline time over candidate time."""
+    """The baseline's time divided by the candidate's."""
     speedup_low: float | None = None
     """Lower end of the 95 % interval."""
     speedup_high: float | None = None
     """Upper end of the 95 % interval."""
     speedup_method: str | None = None
-    """``interleaved`` (alternating blocks) or ``separate`` (both did not fit in memory)."""
+    """``interleaved`` (alternating blocks) or ``separate`` (the two models did not fit in memory
+    together)."""
 
     int8_backend: str | None = None
     """The INT8 backend that ran: ``fused`` if a layer uses the fused kernels, else ``torchao``."""
     device_time_s: float | None = None
-    """Total time of all kernels of one forward; None on a CPU. If it is well below
+    """Total time of all kernels in one forward pass; None on a CPU. If it is well below
     ``batch_time_s``, the GPU waits for the host."""
     int8_time_share: Share | None = None
     """Share of device time in INT8 matmuls, 0 to 1."""
@@ -115,33 +119,32 @@ class Result(Measured):
     attention_kernel: str | None = None
     """The attention backend that ran."""
     kernels: list[Kernel] = field(default_factory=list)
-    """The longest kernels of one forward: ``name``, ``seconds``, ``calls``."""
+    """The longest kernels of one forward pass: ``name``, ``seconds``, ``calls``."""
     trace: str | None = None
-    """Path of that forward's trace for Perfetto, relative to the folder in which the session was
-    started. The table of all kernels is next to it."""
+    """Path of the Perfetto trace of that forward pass, relative to the folder in which the session
+    was started. A table of all kernels is next to it."""
     device_breakdown: Breakdown | None = None
     """Seconds of ``device_time_s`` by kind of kernel: ``int8_products`` and ``other_products``
     (matmuls), ``attention``, ``rest``; None on a CPU."""
     ceiling_speedup: float | None = None
     """Upper bound of the speedup that INT8 can reach here; None on a CPU, or if unknown."""
     ceiling_reached: float | None = None
-    """Share of that possible gain that ``speedup`` achieved: 0 for none, negative if INT8 is
-    slower; None if no gain is possible."""
+    """Share of the gain up to ``ceiling_speedup`` that ``speedup`` achieved: 0 for none, negative
+    if INT8 is slower; None if no gain is possible."""
     ceiling: Ceiling | None = None
     """Sources of ``ceiling_speedup``: ``baseline`` (its ``device_breakdown``), ``products_speedup``
     (the upper bound if only matmuls got faster), ``product_ratio`` (how many times faster the
     matmuls of quantized layers could be), ``quantized_share`` (of matmul time), and the measured
     rates ``float_ops_per_s``, ``int8_ops_per_s`` (None with W8) and ``bytes_per_s``. With INT8
-    attention also ``attention``: ``share`` (of the baseline's attention time that is in calls which
-    run in INT8), ``ratio`` (how many times faster they could be) and ``ops_per_s``. Or ``problem``:
-    why it is unknown."""
+    attention, also ``attention``: ``share`` (the share of the baseline's attention time in calls
+    that run in INT8), ``ratio`` (how many times faster these calls could be) and ``ops_per_s``. If
+    the bound is unknown, only ``problem``: why."""
     coverage: Coverage | None = None
     """The quantized layers: ``mode``, ``converted_layers``, ``linear_layers``,
     ``converted_parameters``, ``total_parameters``, ``left_out`` (layer -> reason),
     ``fused_layers``, ``fallbacks`` (layer -> why it does not run the fused kernels), ``unused``
-    (converted layers that the forward does not use),
-    ``smoothed_runtime`` (the layers that SmoothQuant scales) and ``smoothed_folded`` (always empty;
-    norm -> layers in older files)."""
+    (converted layers that the forward pass does not use), ``smoothed_runtime`` (the layers that
+    SmoothQuant scales) and ``smoothed_folded`` (always empty; norm -> layers in older files)."""
     gpu_before: GpuState | None = None
     """State of the GPU before the rounds: ``sm_clock_mhz``, ``temperature_c``, ``power_w`` and
     ``throttle_reasons``."""
@@ -153,8 +156,8 @@ class Result(Measured):
     samples_per_joule: float | None = None
     """Inverse of ``joules_per_sample``."""
     energy_ratio: float | None = None
-    """The baseline's energy per sample over the candidate's, from one long block of each after the
-    speedup was measured. Above 1, INT8 saves energy."""
+    """The baseline's energy per sample divided by the candidate's, from one long block of each, run
+    after the speedup was measured. Above 1, INT8 saves energy."""
     throttled: list[str] = field(default_factory=list)
     """Reasons why the GPU was throttled."""
     worker: Worker | None = None
@@ -188,7 +191,8 @@ class Result(Measured):
         bound: parts.UpperBound | None = None,
         remark: str | None = None,
     ) -> Self:
-        """Create a result from the parts of a measurement; None for a stage that did not run."""
+        """Create a result from the parts of a measurement; the part of a stage that did not run is
+        None."""
         timing = rounds.timing
         joules = rounds.joules_per_batch
         joules = None if joules is None else joules / units.samples
@@ -294,7 +298,7 @@ class Result(Measured):
 
     @property
     def median_s(self) -> float | None:
-        """Batch time of the median round, which represents the process."""
+        """Batch time of the median round, which represents the process in comparisons."""
         return self.batch_time_s
 
     @property

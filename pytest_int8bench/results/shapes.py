@@ -18,7 +18,8 @@ from pytest_int8bench.results.checks import (
     Share,
 )
 
-# Annotated as plain dictionaries, which is what callers get; the TypedDicts are only for checks.
+# Callers get plain dictionaries, so these are annotated as such; the TypedDicts serve only for
+# checks.
 
 
 class _Params(TypedDict, total=False):
@@ -61,7 +62,7 @@ class _Kernel(TypedDict, total=False):
 Kernel = Annotated[dict[str, Any], _Kernel]
 
 
-#: Seconds by kind of kernel.
+#: Kind of kernel -> seconds.
 Breakdown = dict[str, NotNegative]
 
 

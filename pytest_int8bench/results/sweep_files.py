@@ -1,4 +1,4 @@
-"""The files of one sweep of the runner: a journal for each process, and one JSON for all."""
+"""The files of one sweep of the runner: a journal for each process, and one JSON file for all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Part:
     """The results that one process handed over, and its journal.
 
     Attributes:
-        path: the journal's file; None if the disk was full.
+        path: the journal's file; None if it could not be created because the disk was full.
     """
 
     def __init__(self, journal: Journal, path: Path | None) -> None:
@@ -44,7 +44,7 @@ class Part:
         return self._journal.environment
 
     def take(self, handover: Handover) -> None:
-        """Take over the JSON and the journal's lines from the process."""
+        """Take the JSON and the journal's lines that the process handed over."""
         self.json = handover.json()
         for line in map(cleaned, handover.lines()):
             if "int8bench" in line:
@@ -58,8 +58,8 @@ class Part:
         self.save()
 
     def save(self) -> str | None:
-        """Rewrite the journal from memory if the file is incomplete. Return one line if that fails,
-        else None."""
+        """Rewrite the journal from memory if the file is incomplete. Return one line that describes
+        the problem if that fails, else None."""
         if self.path is None:
             return None
         there = self._there()
@@ -100,7 +100,7 @@ class SweepFiles:
         self._folder = folder
         self._wanted = stem
         self._stem: str | None = None
-        """Common start of the names; None until the first journal reserves it."""
+        """Common start of the file names; None until the first journal reserves it."""
 
     @property
     def found(self) -> dict[str, Result]:
@@ -108,10 +108,10 @@ class SweepFiles:
         return {result.run_name: result for part in self.parts for result in part.results}
 
     def begin(self) -> Part:
-        """Start the journal of another process, in memory only if the disk is full.
+        """Start the journal of the next process; if the disk is full, keep it only in memory.
 
         Raises:
-            OSError: if the folder can never be written to.
+            OSError: if the folder is permanently unwritable (a full disk is considered temporary).
         """
         part = Part(Journal(None, {}), None)
         try:
@@ -133,14 +133,14 @@ class SweepFiles:
                 continue
             try:
                 part.reserve(self._folder / f"{stem}.jsonl")
-            except FileExistsError:  # another sweep was faster
+            except FileExistsError:  # another sweep has just taken this name
                 continue
             self._stem = stem
             return
 
     def save_journals(self) -> tuple[list[Path], list[str]]:
         """Complete the journals on disk, and remove those without results. Return the paths of the
-        journals, and one line for each problem."""
+        remaining journals, and one line for each problem."""
         paths, problems = [], []
         for part in self.parts:
             if not part.results:
@@ -166,7 +166,8 @@ class SweepFiles:
         return Saved(found[0] if found else {}, [*results], []).cleaned()
 
     def save_json(self, saved: Saved) -> tuple[Path | None, list[str]]:
-        """Write the JSON atomically. Return its path, or None and one line that says why not."""
+        """Write the JSON atomically. Return its path and an empty list, or None and one line that
+        gives the reason."""
         path = self._folder / f"{self._stem or self._wanted}.json"
         parts = [part.json for part in self.parts if part.json is not None]
         try:
@@ -178,7 +179,7 @@ class SweepFiles:
 
 def _head() -> dict[str, Any]:
     """Return the fields that pytest-benchmark requires around ``benchmarks``, for a sweep in which
-    no process lived to write them."""
+    no process survived to write them."""
     now = datetime.now(UTC).isoformat()
     version = importlib.metadata.version("pytest-benchmark")
     return {"machine_info": {}, "commit_info": {}, "datetime": now, "version": version}

@@ -1,4 +1,4 @@
-"""Records of accuracy: verdicts, and tables of the loss of each layer."""
+"""Records of accuracy: verdicts, and tables of the accuracy lost by quantizing each layer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Accuracy(Record):
     outcome: Annotated[str, one_of(OUTCOMES)]
     """``PASS``, ``FAIL``, ``INCONCLUSIVE`` or, without labels, ``proxy-ok``."""
     reason: str | None = None
-    """A note on the verdict, such as why a comparison without labels failed, or the next step."""
+    """A note on the verdict, such as why a comparison without labels failed, or the suggested next
+    step."""
     random_weights: bool = False
     """Whether the weights are random, so that the verdict only checks that the pipeline works."""
     samples: Count
@@ -48,7 +49,8 @@ class Accuracy(Record):
     limit: Annotated[str, _LIMIT] | None = None
     """Largest drop that passes: ``1%`` relative, ``1pp`` absolute."""
     drop: float | None = None
-    """Drop of the metric: relative to the baseline's if the limit is relative, else absolute."""
+    """Drop of the metric: relative to the baseline's metric if the limit is relative, else
+    absolute."""
     drop_low: Bound | None = None
     """One-sided 95 % lower bound of the drop."""
     drop_high: Bound | None = None
@@ -60,8 +62,8 @@ class Accuracy(Record):
     needed: Count | None = None
     """With ``INCONCLUSIVE``, the approximate number of samples needed to decide."""
     method: str | None = None
-    """``exact`` (0/1 scores), ``mean`` (continuous scores, and groups of any scores) or
-    ``jackknife`` (aggregated)."""
+    """``exact`` (scores of 0 or 1), ``mean`` (continuous scores, or any scores with groups) or
+    ``jackknife`` (aggregated metrics)."""
     groups: Count | None = None
     """Number of groups of dependent samples; None if samples are independent."""
     distance: Distance | None = None
@@ -71,8 +73,9 @@ class Accuracy(Record):
     remedies: list[Remedy] = field(default_factory=list)
     """The remedies that ``--int8-remedy`` tried, with their outcomes."""
     seconds: float | None = None
-    """Time to compute the scores, without compilation. A baseline's first candidate includes the
-    baseline's time, and of evaluations that share outputs only one includes theirs."""
+    """Time to compute the scores, without compilation. It includes the baseline's time for the
+    first candidate of a baseline. If evaluations share outputs, only one includes the time to
+    compute them."""
 
     @property
     def is_pipeline_check(self) -> bool:
@@ -92,7 +95,7 @@ class Accuracy(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity(Record):
-    """The accuracy that a model loses if each layer or block is quantized alone."""
+    """For each layer or block of a model, the accuracy lost if only it is quantized."""
 
     KIND = "a table of layers"
 
@@ -103,9 +106,9 @@ class Sensitivity(Record):
     samples: Count
     """Number of samples for the metric or, without one, for the SQNR."""
     layers: list[Layer]
-    """Worst first: ``name``, ``layers`` (names of the linear layers; none for the attention of a
-    layer or block), ``sqnr_db`` (None for equal outputs), and with a metric ``drop`` (difference
-    from the baseline's), ``lost``, ``gained``."""
+    """Worst first: ``name``, ``layers`` (names of the linear layers; empty for the attention of a
+    layer or block), ``sqnr_db`` (None for equal outputs), and, with a metric, ``drop`` (from the
+    baseline's metric), ``lost`` and ``gained``."""
     seconds: float | None = None
     """Time of the measurement."""
 

@@ -1,11 +1,11 @@
-"""A small Vision Transformer trained on handwritten digits: real data with a real accuracy.
+"""A small Vision Transformer trained on handwritten digits: real data and a meaningful accuracy.
 
-Data: ``sklearn.datasets.load_digits``, the 1797 images (8x8, 17 levels of grey) of scikit-learn's
-copy of the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak,
-UCI Machine Learning Repository, 1998). scikit-learn ships them, so nothing is downloaded.
+Data: ``sklearn.datasets.load_digits``, the 1797 images (8x8, 17 gray levels) of scikit-learn's copy
+of the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI
+Machine Learning Repository, 1998). scikit-learn ships the images, so nothing is downloaded.
 
-Splits: 800 images for training (also used as inputs and for calibration), 200 for selection and
-797 for certification; seeded and stratified by class. All three share writers.
+Splits: 800 images for training (also used as inputs and for calibration), 200 for selection and 797
+for certification; seeded and stratified by class. All three contain digits by the same writers.
 
 Weights: :data:`WEIGHTS`, 163,754 FP32 parameters, the same on every machine, trained by
 ``benchmarks/train_digits.py``.
@@ -43,13 +43,13 @@ IMAGE_SIZE = 8
 PATCH = 2
 TOKENS = (IMAGE_SIZE // PATCH) ** 2
 CLASSES = 10
-#: Channels between the convolutions of the patch embedding.
+#: Number of channels between the convolutions of the patch embedding.
 STEM = 32
-#: Width of a token, and of the MLP.
+#: Width of a token, and of the MLP's hidden layer.
 DIM, HIDDEN = 64, 128
 #: Number of blocks, and attention heads per block.
 DEPTH, HEADS = 4, 4
-#: Samples of each split.
+#: Number of samples in each split.
 TRAIN, SELECTION, CERTIFICATION = 800, 200, 797
 #: Number of training images for SmoothQuant's calibration, and its batch size.
 CALIBRATION, CALIBRATION_BATCH = 256, 64
@@ -108,7 +108,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Convolutions, because 800 images are too few to learn locality from patches alone.
+        # Use convolutions, because 800 images are too few to learn locality from patches alone.
         self.patch_embed = nn.Sequential(
             nn.Conv2d(1, STEM, 3, padding=1),
             nn.GELU(),
@@ -178,7 +178,7 @@ def _split(data: Any, ids: Ids) -> Split:
 
 
 def splits_digest() -> str:
-    """Return the SHA-256 of the image numbers, pixels and labels of every split."""
+    """Return the SHA-256 of the row numbers, pixels and labels of every split."""
     digest = hashlib.sha256()
     for name, split in splits().items():
         digest.update(name.encode())
@@ -191,8 +191,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the state dict that ``benchmarks/train_digits.py`` wrote to ``path``.
 
     Raises:
-        WeightsError: one line, if the file cannot be read, or if it was trained on other splits,
-            whose training images may be in this certification split.
+        WeightsError: one line, if the file cannot be read, or if its weights were trained on other
+            splits, whose training images may be in this certification split.
     """
     weights = read_state_dict(path)
     with safe_open(path, framework="pt") as file:
@@ -223,7 +223,7 @@ def digits() -> Workload:
 
 def _build(params: RunParams) -> nn.Module:
     with _own_modes():
-        with torch.device("meta"):  # initial weights would draw from the caller's generator
+        with torch.device("meta"):  # initializing weights would draw from the caller's generator
             model = VisionTransformer().to(torch.float32)
         model.to_empty(device="cpu")
         load_state_dict(model, read_weights(WEIGHTS), source=str(WEIGHTS))
@@ -253,7 +253,8 @@ def _selection(forward: Callable[..., torch.Tensor]) -> tuple[Ids, Scores]:
 
 
 def _top1(forward: Callable[..., torch.Tensor], split: Split) -> tuple[Ids, Scores]:
-    """Return row numbers in the data, and 1 where the largest logit is the label's; both (n,)."""
+    """Return the row numbers of the samples, and scores of 1 where the largest logit is the
+    label's, else 0; both (n,)."""
     logits = forward(split.images).detach().to("cpu", torch.float32)
     # argmax returns the first NaN, so an all-NaN row would count as the digit 0.
     right = (logits.argmax(1) == split.labels) & logits.isfinite().all(1)

@@ -1,7 +1,7 @@
 """Read labelled 13-band Sentinel-2 images in EuroSAT's layout, ``FOLDER/CLASS/*.tif``.
 
-Each image shows one moment. A model with several timesteps gets it repeated, always in
-:data:`MONTH`, so it cannot learn from seasons. EuroSAT has top-of-atmosphere reflectances (L1C),
+Each image shows one moment. A model with several timesteps gets the image repeated, always in
+:data:`MONTH`, so it cannot make use of seasons. EuroSAT has top-of-atmosphere reflectances (L1C),
 while OlmoEarth was trained on surface reflectances (L2A).
 """
 
@@ -27,11 +27,11 @@ FILE_BANDS = (
 )
 #: Share of each class in each split.
 SHARES = {"train": 0.30, "selection": 0.15, "certification": 0.55}
-#: Fewest images per class; with fewer, a split could have none of the class.
+#: Minimum number of images per class; with fewer, a split could lack the class.
 LEAST_IMAGES = 10
-#: Largest decoded size of one file: a few kilobytes of compressed zeros can claim any size.
+#: Maximum decoded size of one file: a few kilobytes of compressed zeros can expand to any size.
 MAX_IMAGE_BYTES = 2**30
-#: June (January is 0), because the files do not record when they were taken.
+#: June (January is 0), assumed because the files do not record when the images were taken.
 MONTH = 5
 
 _SPLIT_SEED = 0
@@ -49,15 +49,15 @@ class Images:
     paths: tuple[Path, ...]
     """Files, sorted by class and name."""
     labels: NDArray[np.int64]
-    """(images,) indices in ``classes``."""
+    """(images,) index of each image's class in ``classes``."""
     size: tuple[int, int]
     """Height and width in pixels of the first image; all others must match."""
 
     def split(self, name: str) -> NDArray[np.int64]:
         """Return the positions of the images of the split ``name``, a key of :data:`SHARES`.
 
-        Each class is shuffled (seeded) and cut by the shares, then the classes are shuffled
-        together. The splits are disjoint and always the same for the same files.
+        Each class is shuffled (seeded) and divided by the shares, then the classes are shuffled
+        together. The splits are disjoint, and always the same for the same files.
         """
         rng = np.random.default_rng(_SPLIT_SEED)
         edges = np.cumsum([0.0, *SHARES.values()])
@@ -70,11 +70,11 @@ class Images:
         return rng.permutation(np.concatenate(parts))
 
     def ids(self, positions: Iterable[int]) -> list[str]:
-        """Return the names ``CLASS/FILE`` of images."""
+        """Return the names ``CLASS/FILE`` of the images at ``positions``."""
         return [self.paths[i].relative_to(self.folder).as_posix() for i in positions]
 
     def read(self, positions: Iterable[int], image_size: int) -> NDArray[np.float32]:
-        """Read images and crop them around their centres.
+        """Read the images at ``positions`` and crop them around their centers.
 
         Returns:
             (images, height, width, bands) digital numbers; bands as in
@@ -108,12 +108,12 @@ class Images:
 
 
 def find_images(folder: Path) -> Images:
-    """Find the images of a folder ``FOLDER/CLASS/*.tif`` and read the first one.
+    """Find the images ``CLASS/*.tif`` in a folder and read the first one to check it.
 
     Raises:
         WorkloadError: one line, if there is no such folder, it has fewer than two classes, a class
-            has fewer than :data:`LEAST_IMAGES` images, the first image cannot be read or has
-            other than 13 bands, or rasterio is missing.
+            has fewer than :data:`LEAST_IMAGES` images, the first image cannot be read or does not
+            have 13 bands, or rasterio is missing.
     """
     if not folder.is_dir():
         raise WorkloadError(f"the folder of labelled images {folder} does not exist")
@@ -142,7 +142,7 @@ def find_images(folder: Path) -> Images:
 
 
 def _read(path: Path) -> NDArray[Any]:
-    """Return (height, width, bands) of a file."""
+    """Return the pixels of a file: (height, width, bands)."""
     try:
         import rasterio
         from rasterio.errors import NotGeoreferencedWarning
@@ -156,8 +156,9 @@ def _read(path: Path) -> NDArray[Any]:
         # The location of an image does not matter here.
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         try:
-            # Allow the GTiff driver only. GDAL would otherwise guess the format from the content,
-            # and some formats name other files and URLs to read, as sidecar files do.
+            # Allow only the GTiff driver, and no sidecar files. Otherwise, GDAL would guess the
+            # format from the content, and some formats, like sidecar files, name other files and
+            # URLs to read.
             with (
                 rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"),
                 rasterio.open(path, driver="GTiff") as file,
@@ -166,13 +167,13 @@ def _read(path: Path) -> NDArray[Any]:
                 pixels = file.read(_BAND_INDICES)
         except WorkloadError:
             raise
-        except Exception as error:  # of rasterio or of GDAL
+        except Exception as error:  # from rasterio or GDAL
             raise WorkloadError(f"image {path} cannot be read: {first_line(error)}") from None
     return np.moveaxis(np.asarray(pixels), 0, -1)
 
 
 def _check_shape(path: Path, file: Any) -> None:
-    """Raise ``WorkloadError`` for wrong bands or too many pixels, before reading any pixels."""
+    """Raise ``WorkloadError`` for wrong bands or too many pixels, before any pixels are read."""
     if file.count != len(FILE_BANDS):
         raise WorkloadError(
             f"image {path} must have {len(FILE_BANDS)} bands ({', '.join(FILE_BANDS)}), "

@@ -1,4 +1,4 @@
-"""Build Hugging Face encoders by name, with inputs and units taken from the configuration."""
+"""Build Hugging Face encoders by name, with inputs and units derived from the configuration."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ _OFFSET_POSITIONS = (
 # transformers builds no mask for an attention without a registered mask function.
 _UNMASKED = "int8bench_unmasked"
 AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
-#: Default sequence length of text models, if they have that many positions.
+#: Default sequence length of text models that have at least as many positions.
 SEQUENCE_LENGTH = 512
-#: Entry of ``auto_map`` that names the model's class, and the argument that transformers' error
-#: mentions when such code is not trusted.
+#: Entry of ``auto_map`` that names the class in the model's own code, and the argument that
+#: transformers mentions in its error if that code is not trusted.
 _CLASS_REFERENCE, _TRUST = "AutoModel", "trust_remote_code"
 _UNTRUSTED = (
     "the model needs Python code that comes with it (auto_map in its config.json), which is not "
@@ -63,20 +63,20 @@ def huggingface(name: str, root: Path, trust_remote_code: bool = False) -> Workl
     """Return the workload of a transformers encoder with random weights and random inputs.
 
     Text models get ``sequence_length`` tokens per sample (512, or fewer if they have fewer
-    positions), all valid and without an attention mask. ``extra.attention_mask=true`` gives samples
-    of different lengths with their mask; token counts then include padding. Image models get normal
-    noise of their ``image_size``. Every plain field of the configuration is an axis, such as
-    ``extra.num_hidden_layers=2``.
+    positions), all valid and without an attention mask. With ``extra.attention_mask=true``, samples
+    differ in length and come with a mask; token counts then include padding. Image models get
+    Gaussian noise of their ``image_size``. Every plain field of the configuration is an axis, such
+    as ``extra.num_hidden_layers=2``.
 
     Args:
-        name: a folder with a ``config.json``, a model type of transformers (``bert``: its default
-            configuration), or a repository of the hub.
+        name: a folder with a ``config.json``, a model type of transformers (``bert`` for BERT's
+            default configuration), or a repository on the Hub.
         root: folder that relative paths start from.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        ValueError: one line, if there is no such configuration, if the model takes inputs other
-            than token ids or images, or if it needs its own code, which is not trusted.
+        ValueError: one line, if there is no such configuration, the model takes inputs other than
+            token ids or images, or it needs its own code and that is not trusted.
     """
     config, pretrained = _find_config(name, root, trust_remote_code)
     model = _NamedModel(f"hf:{name}", config, pretrained, trust_remote_code)
@@ -101,9 +101,9 @@ class _NamedModel:
     """The workload's name."""
     config: Any
     pretrained: str | None
-    """Folder or repository of its weights, or None if it has none."""
+    """Folder or repository that holds its weights; None if there is none."""
     trusted: bool
-    """Whether code that comes with the model may run."""
+    """Whether code that comes with the model may be run."""
 
     def impossible_reason(self, params: RunParams) -> str | None:
         length, positions = params.extra.get("sequence_length"), _positions(self.config)
@@ -145,7 +145,7 @@ class _NamedModel:
                 trust_remote_code=self.trusted,
                 **_attention(self.config, params),
             )
-        except Exception as error:  # of the hub's client, or of safetensors
+        except Exception as error:  # from the Hub's client or safetensors
             raise WeightsError(
                 f"weights of {source} cannot be loaded: {first_line(error)}"
             ) from None
@@ -173,12 +173,12 @@ def _axes(config: Any, is_text: bool) -> dict[str, Scalar]:
 
 
 def _find_config(name: str, root: Path, trusted: bool) -> tuple[Any, str | None]:
-    """Return the configuration and the source of its weights, or None if there are none."""
+    """Return the configuration, and the source of its weights or None if there are none."""
     folder = root / name
     if (folder / "config.json").is_file():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        except Exception as error:  # of JSON, of the configuration, or of its own code
+        except Exception as error:  # from JSON, the configuration, or the model's own code
             problem = _UNTRUSTED if _TRUST in str(error) else first_line(error)
             raise ValueError(f"hf:{name}: {problem}") from None
         return _checked(config, name, trusted), str(folder)
@@ -222,7 +222,7 @@ def _main_input(config: Any, model: _NamedModel) -> str:
     if found is None and reference and model.trusted and model.pretrained:
         try:
             found = get_class_from_dynamic_module(reference, model.pretrained)
-        except Exception as error:  # of the model's own code
+        except Exception as error:  # from the model's own code
             raise ValueError(
                 f"{label}: its code cannot be loaded: {type(error).__name__}: {first_line(error)}"
             ) from None
@@ -247,13 +247,13 @@ def _sequence_length(config: Any) -> int:
 
 
 def _positions(config: Any) -> int | None:
-    """Return the number of tokens that a model has positions for, or None if unlimited."""
+    """Return the number of tokens for which a model has positions, or None if unlimited."""
     positions = getattr(config, "max_position_embeddings", None)
     return None if not positions else int(positions) - _first_position(config)
 
 
 def _first_position(config: Any) -> int:
-    """Return the first position used: the RoBERTa family starts after the padding token's id."""
+    """Return the first position used; the RoBERTa family starts after the padding token's id."""
     if not str(config.model_type).startswith(_OFFSET_POSITIONS):
         return 0
     return int(config.pad_token_id or 0) + 1
@@ -271,7 +271,7 @@ def _configured(config: Any, params: RunParams) -> Any:
         values.pop("layer_types", None)  # one item per layer; transformers rebuilds it
     try:
         changed = type(config).from_dict({**values, **own})
-    except Exception as error:  # of the libraries' validators
+    except Exception as error:  # from the libraries' validators
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         named = ", ".join(f"extra.{k}={v}" for k, v in own.items())
         raise ValueError(f"{config.model_type} cannot take {named}: {lines[-1]}") from None
@@ -286,8 +286,8 @@ def _attention(config: Any, params: RunParams) -> dict[str, str]:
     model = _model_class(config)
     if not getattr(model, "_supports_sdpa", False):
         return {}
-    # Drop the mask only if it merely marks valid tokens. A window, or anything else that a model
-    # adds to its mask, is part of the model.
+    # Drop the mask only if it merely marks valid tokens. A sliding window, or anything else that a
+    # model adds to its mask, is part of the model.
     plain = hasattr(sys.modules[model.__module__], "create_bidirectional_mask")
     plain = plain or config.model_type in _CAUSAL
     local = any("full" not in kind for kind in getattr(config, "layer_types", None) or ())
@@ -316,7 +316,7 @@ def kept_in_fp32(model: torch.nn.Module) -> frozenset[str]:
         if not isinstance(module, PreTrainedModel) or module in seen:
             continue
         shell = _empty_bf16(module)
-        if shell is None:  # models nested in it may still work
+        if shell is None:  # models nested in this one may still work
             continue
         seen.update(part for part in module.modules() if isinstance(part, PreTrainedModel))
         prefix = f"{path}." if path else ""
@@ -330,13 +330,13 @@ def kept_in_fp32(model: torch.nn.Module) -> frozenset[str]:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    # Same reading as build_glob_alternation in transformers 5.17 to 5.23 (core_model_loading.py).
+    # Like build_glob_alternation in transformers 5.17 to 5.23 (core_model_loading.py).
     return re.search(pattern.replace("*", ".*"), name) is not None
 
 
 def _empty_bf16(model: Any) -> torch.nn.Module | None:
-    """Return a BF16 copy of ``model`` without weights, built as transformers builds one, or None if
-    that takes more than a configuration."""
+    """Return a BF16 copy of ``model`` without weights, built by transformers from the
+    configuration, or None if that takes more than the configuration."""
     for device in ("meta", "cpu"):  # some models read tensor values while they are built
         try:
             with torch.random.fork_rng(devices=[]), torch.device(device), no_init_weights():

@@ -41,7 +41,7 @@ from pytest_int8bench.workloads.weights import (
 )
 from pytest_int8bench.workloads.workload import Evaluation, Workload
 
-#: Sizes of each version (olmoearth_pretrain_minimal 0.1.5, ``OlmoEarthPretrain_v1``).
+#: Model version -> available sizes (olmoearth_pretrain_minimal 0.1.5, ``OlmoEarthPretrain_v1``).
 VERSION_SIZES = {
     "v1": ("nano", "tiny", "base", "large"),
     "v1.1": ("nano", "tiny", "base"),
@@ -50,11 +50,11 @@ VERSION_SIZES = {
 }
 PIXEL_M = 10
 INPUT_SEED = 0
-# The package's defaults.
+# The defaults of ``olmoearth_pretrain_minimal``.
 _MAX_PATCH_SIZE, _MAX_TIMESTEPS = 8, 12
 _ENCODER = "encoder."
-# The package imports the classes that config.json names. It maps ``helios``, its former name, to
-# itself.
+# The package imports the classes that config.json names, and treats ``helios``, its former name, as
+# its own name.
 _CONFIG, _CLASS = "config.json", "_CLASS_"
 _CONFIG_PACKAGES = ("olmoearth_pretrain", "olmoearth_pretrain_minimal", "helios")
 _SENTINEL2 = "sentinel2_l2a"
@@ -94,10 +94,10 @@ def olmoearth(eval_data: Path | None = None) -> Workload:
 
 
 class OlmoEarthEncoder(torch.nn.Module):
-    """An OlmoEarth encoder that takes plain tensors, in ``fast_pass`` (no masked tokens).
+    """An OlmoEarth encoder that takes plain tensors and runs in ``fast_pass`` (no masked tokens).
 
     Args:
-        encoder: the package's encoder.
+        encoder: the encoder from ``olmoearth_pretrain_minimal``.
         modalities: names of the input modalities, in order.
         patch_size: patch height and width in pixels.
     """
@@ -114,9 +114,9 @@ class OlmoEarthEncoder(torch.nn.Module):
         """Encode one batch.
 
         Args:
-            timestamps: (batch, timesteps, 3) day, month from 0, year.
-            tensors: data (batch, height, width, timesteps, bands) and mask (batch, height,
-                width, timesteps, band groups) of each modality in turn.
+            timestamps: (batch, timesteps, 3) day, month (January is 0), year.
+            tensors: for each modality in turn, data (batch, height, width, timesteps, bands) and
+                mask (batch, height, width, timesteps, band groups).
 
         Returns:
             modality -> tokens (batch, rows, columns, timesteps, band groups, channels).
@@ -132,7 +132,8 @@ class OlmoEarthEncoder(torch.nn.Module):
 
 
 class _Fp32PatchEmbeddings(torch.nn.Module):
-    """FP32 patch embeddings in a BF16 encoder: their antialiased resize has no BF16 CPU kernel."""
+    """FP32 patch embeddings in a BF16 encoder, as their antialiased resize has no BF16 CPU
+    kernel."""
 
     def __init__(self, patch_embeddings: torch.nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -157,11 +158,11 @@ def build(params: RunParams) -> OlmoEarthEncoder:
 
 
 def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
-    """Build the encoder of ``params`` with weights.
+    """Build the encoder of ``params`` with the given weights.
 
     Args:
         params: the point; size and version must match the weights.
-        weights: ``hub``; a folder with ``config.json`` and ``weights.pth`` as on the hub; or a
+        weights: ``hub``; a folder with ``config.json`` and ``weights.pth``, as on the Hub; or a
             file with the state dict of the whole model or of its encoder.
 
     Raises:
@@ -185,7 +186,7 @@ def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
             model = load_model_from_path(weights)
     except WeightsError:
         raise
-    except Exception as error:  # of the hub's client, or of the package
+    except Exception as error:  # from the Hub's client or the package
         raise WeightsError(
             f"weights {weights} of {name} cannot be loaded: {first_line(error)}"
         ) from None
@@ -200,7 +201,7 @@ def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
 
 
 def _check_classes(config: Any, weights: str) -> None:
-    """Refuse a config with classes of other packages: importing them would run their code."""
+    """Reject a config that names classes of other packages: importing them would run their code."""
     pending = [config]
     while pending:
         part = pending.pop()
@@ -232,14 +233,14 @@ def _wrapped(encoder: Any, params: RunParams) -> OlmoEarthEncoder:
 
 
 def modalities(params: RunParams) -> tuple[str, ...]:
-    """Return the package's names of the modalities that ``params`` selects."""
+    """Return ``olmoearth_pretrain_minimal``'s names for the modalities that ``params`` selects."""
     names = {_SENTINEL2: params.use_s2, "sentinel1": params.use_s1}
     names["landsat"] = params.use_landsat
     return tuple(name for name, used in names.items() if used)
 
 
 def inputs(params: RunParams, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Return seeded random normalized images and monthly timestamps."""
+    """Return monthly timestamps, and seeded random normalized images with their masks."""
     generator = torch.Generator(device).manual_seed(INPUT_SEED)
     dtype = torch.bfloat16 if params.bf16 else torch.float32
     shape = (params.batch_size, params.image_size, params.image_size, params.num_timesteps)
@@ -255,14 +256,14 @@ def inputs(params: RunParams, device: torch.device) -> tuple[torch.Tensor, ...]:
 
 
 def _timestamps(batch_size: int, months: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Return (batch, timesteps, 3): the first day of each month, counted from January 2020."""
+    """Return (batch, timesteps, 3): the first day of each month, where month 0 is January 2020."""
     month = torch.tensor(months, device=device)
     stamps = torch.stack([torch.ones_like(month), month % 12, 2020 + month // 12], dim=-1)
     return stamps.expand(batch_size, -1, -1).contiguous()
 
 
 def units(params: RunParams) -> dict[str, float]:
-    """Return samples, 10 m pixels and km² per batch; timesteps of a location count once."""
+    """Return samples, 10 m pixels and km² per batch; all timesteps of a location count as one."""
     pixels = params.batch_size * params.image_size**2
     return {
         "samples": params.batch_size,
@@ -283,10 +284,10 @@ def evaluations(
 
     Args:
         params: the point.
-        folder: labelled images; generated scenes by default.
+        folder: folder of labelled images; None for generated scenes.
 
     Returns:
-        The evaluations, or None unless Sentinel-2 is the only modality: only it has labels.
+        The evaluations, or None unless Sentinel-2 is the only modality, as no other has labels.
 
     Raises:
         WorkloadError: one line, if the folder's images cannot be read or are too small.
@@ -300,8 +301,8 @@ def evaluations(
 def calibration(
     params: RunParams, device: torch.device, folder: str | None = None
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Return batches for SmoothQuant from the train split of :func:`evaluations`, or the measured
-    inputs if there is no such split."""
+    """Return batches to calibrate SmoothQuant: from the train split of :func:`evaluations`, or the
+    measured inputs if there is no such split."""
     if modalities(params) != (_SENTINEL2,):
         return [inputs(params, device)]
     size = min(params.batch_size, _CALIBRATION_BATCH)
@@ -323,8 +324,8 @@ def normalize(pixels: torch.Tensor, model_version: str) -> torch.Tensor:
 
 @functools.cache
 def _normalization(model_version: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and offset (12,) of each band, derived by applying the package's linear
-    normalizer to 0 and 1."""
+    """Return the scale and the offset of each band, both (12,), found by applying the package's
+    linear normalizer to 0 and 1."""
     bands = Modality.SENTINEL2_L2A
     ends = np.stack([np.zeros(bands.num_bands), np.ones(bands.num_bands)])
     offset, end = _NORMALIZERS[model_version]().normalize(bands, ends)
@@ -332,7 +333,8 @@ def _normalization(model_version: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _split(params: RunParams, name: str, folder: str | None, most: int | None = None) -> Split:
-    """Return a split, or its first ``most`` samples, batched and placed as the point asks."""
+    """Return a split, or its first ``most`` samples, with the batch size and on the device of the
+    point."""
     device = torch.device(params.gpu_type)
     if folder is None:
         labels = scenes.labels(scenes.SIZES[name])[:most]

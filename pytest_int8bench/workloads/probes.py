@@ -1,8 +1,8 @@
 """Evaluate frozen embeddings with a kNN and a linear probe.
 
 The classifiers are fitted on the baseline's embeddings alone and then classify both models'
-embeddings, because a deployed classifier does not know that its encoder was quantized.
-Embeddings are standardized with the statistics of the baseline's train embeddings.
+embeddings, because a deployed classifier is not refitted when its encoder is quantized. Embeddings
+are standardized with the statistics of the baseline's train embeddings.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pytest_int8bench.workloads.workload import Evaluation
 Forward: TypeAlias = Callable[..., Any]
 Scores: TypeAlias = tuple[Sequence[Any], NDArray[np.float64]]
 
-# With hundreds of dimensions and as many samples, scikit-learn's default of 1.0 overfits
-# dimensions that hardly vary. Of 10, 1, 0.1, 0.01 and 0.001, this value was the most accurate on
-# the selection split (BF16 OlmoEarth nano, v1 and v1.2, random weights).
+# With hundreds of dimensions and as many samples, scikit-learn's default of 1.0 overfits to
+# dimensions that hardly vary. Of 10, 1, 0.1, 0.01 and 0.001, this value gave the highest accuracy
+# on the selection split (BF16 OlmoEarth nano, v1 and v1.2, random weights).
 _PROBE_C = 0.1
 _PROBE_ITERATIONS = 5000
 
@@ -37,7 +37,7 @@ class Split:
     batches: Callable[[], Iterable[tuple[Any, ...]]]
     """Return a new iterable of the model's inputs, batch by batch, in the order of the labels."""
     ids: Sequence[Any] | None = None
-    """Names of the samples, unique in the split; their positions by default."""
+    """Names of the samples, unique within the split; by default, their positions."""
 
 
 def embedding_evaluations(
@@ -50,20 +50,20 @@ def embedding_evaluations(
 ) -> tuple[Evaluation, Evaluation]:
     """Return a kNN (cosine) and a linear probe (logistic regression) that score samples 0 or 1.
 
-    Both share embeddings, computed once per split and forward, so a forward must always run the
-    same model.
+    Both use the same embeddings, computed once per split and ``forward``, so a ``forward`` must
+    always run the same model.
 
     Args:
         train: samples to fit the classifiers on, embedded by the baseline.
         selection: samples that ``Evaluation.selection`` scores.
         certification: samples that ``Evaluation.scores`` scores.
-        embed: maps a forward's output to embeddings (batch, dimensions).
+        embed: maps the output of ``forward`` to embeddings (batch, dimensions).
         neighbours: number of neighbours of the kNN.
 
     Raises:
-        WorkloadError: one line. Raised here for an empty split, fewer train samples than
-            neighbours, or a single class in train; raised by the evaluations for non-finite
-            embeddings, a number of embeddings other than of labels, or missing scikit-learn.
+        WorkloadError: one line. Raised here if a split is empty, or if ``train`` has fewer samples
+            than neighbours or a single class; raised by the evaluations if embeddings are not
+            finite or differ in number from the labels, or if scikit-learn is missing.
     """
     splits = {"train": train, "selection": selection, "certification": certification}
     for name, split in splits.items():
@@ -87,7 +87,8 @@ def embedding_evaluations(
 
 
 class _Embeddings:
-    """Caches the embeddings of each split for each forward, for as long as the forward lives."""
+    """Caches the embeddings of each split for each ``forward``, for as long as that object
+    lives."""
 
     def __init__(self, splits: Mapping[str, Split], embed: Callable[[Any], Any]) -> None:
         self.splits = splits
@@ -100,7 +101,7 @@ class _Embeddings:
         """Return the embeddings (samples, dimensions) of the split ``name``."""
         try:
             known = self._known.setdefault(forward, {})
-        except TypeError:  # neither every callable has weak references nor a hash
+        except TypeError:  # some callables have no weak references or no hash
             known = {}
         if name not in known:
             known[name] = self._compute(name, forward)

@@ -1,4 +1,5 @@
-"""Find workloads by name: check names when options are read, load when a test is set up.
+"""Find workloads by name: check names when options are read, and load workloads when a test is set
+up.
 
 A workload is a row of :data:`WORKLOADS` or an entry point of another distribution::
 
@@ -36,21 +37,21 @@ OLMOEARTH_FIELDS = (
 OLMOEARTH = "olmoearth"
 #: The two forms of a reference, for error messages and help.
 REFERENCE_FORMS = "module:callable or path.py:callable"
-# Compiled when a name is checked, not when pytest starts.
+# This is compiled when a name is checked rather than when pytest starts.
 _REFERENCE = r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<name>[A-Za-z_][\w.]*)"
 
 
-class WorkloadRow(NamedTuple):  # created at every pytest start, where a dataclass takes 1 ms more
+class WorkloadRow(NamedTuple):  # created whenever pytest starts; a dataclass takes 1 ms more
     """A workload of this package, or a family of them behind a prefix such as ``timm:``."""
 
     name: str
-    """Name, or the prefix with its colon."""
+    """The name, or the prefix including its colon."""
     help: str
     """Description for the documentation."""
     loader: str
     """``module:callable`` that returns the Workload; its module imports the library."""
     extra: str
-    """Extra of this package that installs the library."""
+    """This package's extra that installs the library."""
     takes: tuple[str, ...] = ()
     """Arguments of the loader: any of ``argument``, ``root`` (the folder that relative paths start
     from), ``eval_data`` and ``trust_remote_code``."""
@@ -60,11 +61,11 @@ class WorkloadRow(NamedTuple):  # created at every pytest start, where a datacla
     """Example argument, for the error message when the argument is missing."""
     is_olmoearth: bool = False
     """Whether it reads OlmoEarth's fields, which then appear in its run names and are set by
-    presets. Other workloads refuse them."""
+    presets. For other workloads, setting them is an error."""
 
     @property
     def usage(self) -> str:
-        """The form of the name, e.g. ``timm:NAME``."""
+        """The form in which users write the name, e.g. ``timm:NAME``."""
         return self.name if self.argument is None else f"{self.name}NAME"
 
     def matches(self, text: str) -> bool:
@@ -134,7 +135,7 @@ WORKLOADS = (
 
 
 def built_in_names() -> list[str]:
-    """Return the usage forms of this package's workloads."""
+    """Return the names of this package's workloads in the form in which users write them."""
     return [row.usage for row in WORKLOADS]
 
 
@@ -190,7 +191,7 @@ def load_object(reference: str, root: Path) -> Any:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Import a file, once per process, under a unique module name.
+    """Import a file once per process, under a unique module name, and return the module.
 
     Dynamo imports the module of a compiled function by name to read its globals.
     """
@@ -214,10 +215,10 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def check_workload_name(text: str) -> str:
-    """Return ``text`` if it may name a workload.
+    """Return ``text`` if it may be the name of a workload.
 
     Raises:
-        ValueError: if it cannot, or if several distributions offer that name.
+        ValueError: if it cannot be one, or if several distributions offer that name.
     """
     for row in WORKLOADS:
         if row.argument is not None and text == row.name:
@@ -230,7 +231,7 @@ def check_workload_name(text: str) -> str:
 
 
 def check_fields(workload: str, fields: Iterable[str]) -> None:
-    """Refuse fields that would appear in a result's label without changing the model.
+    """Reject fields that would appear in a result's label without affecting the model.
 
     Raises:
         ValueError: for a field that the workload ignores.
@@ -260,8 +261,8 @@ def is_olmoearth(workload: str | None) -> bool:
 
 
 def point_for(params: RunParams, workload: str | None) -> RunParams:
-    """Return the point with the run name for a workload, and with OlmoEarth's fields reset to their
-    defaults if the workload certainly does not read them.
+    """Return the point with the run name that suits a workload, and with OlmoEarth's fields reset
+    to their defaults if the workload certainly does not read them.
 
     Args:
         params: the point.
@@ -331,7 +332,7 @@ def _entry_points() -> list[EntryPoint]:
 
 
 def _entry_point(name: str) -> EntryPoint | None:
-    """Return the entry point ``name``, or None.
+    """Return the entry point ``name``, or None if there is none.
 
     Raises:
         ValueError: if several distributions have one.

@@ -1,15 +1,15 @@
 """GENERATED Sentinel-2 scenes with labels: no satellite saw them.
 
-They show whether a quantized encoder still tells scenes apart as well as its baseline, on any
-machine and without a download. Accuracy on them says nothing about accuracy on real images;
+They show whether a quantized encoder distinguishes scenes as well as its baseline does. This works
+on any machine and without a download. Accuracy on them says nothing about accuracy on real images;
 :mod:`pytest_int8bench.workloads.geotiff` reads real ones.
 
-A scene has one of ten land-cover classes, each with a spectrum that moves through the year
-between a background (soil, litter, water) and foliage. Its class covers at least three quarters of
-its parcels. The difficulty affects whole scenes, so no encoder can average it away: a random
+A scene has one of ten land-cover classes, each with a spectrum that varies through the year between
+a background (soil, litter, water) and foliage. That class covers at least three quarters of the
+scene's parcels. The difficulty affects whole scenes, so no encoder can average it away: a random
 weight (:data:`LEANING_SD`) mixes the spectrum of the paired class into the scene's own, and in
-about one scene of twenty that weight exceeds one half. Illumination, haze, shifted seasons and a
-spectral offset are added.
+about one scene of twenty that weight exceeds one half. Illumination, haze, shifts of the season and
+a spectral offset vary as well.
 
 Scene ``i`` of a split is the same on every device and for every batch size.
 """
@@ -30,17 +30,17 @@ Floats: TypeAlias = NDArray[np.float64]
 SIZES = {"train": 1000, "selection": 500, "certification": 3000}
 #: Bands in the order of OlmoEarth's ``sentinel2_l2a``.
 BANDS = ("B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12", "B01", "B09")
-#: Digital number of reflectance 1, and the highest value of a pixel.
+#: Digital number for a reflectance of 1, and the highest value of a pixel.
 FULL_SCALE = 10_000
 
-#: Standard deviation of the normal number whose absolute value weights the paired class in a scene.
-#: A scene with a weight over 0.5 looks more like the paired class than like its own. At 0.25, that
-#: is 4.6 % of all scenes, so even a perfect encoder reaches only about 95 %.
+#: Standard deviation of a normally distributed number whose absolute value is the weight of the
+#: paired class in a scene. A scene with a weight over 0.5 looks more like the paired class than its
+#: own. At 0.25, that is 4.6 % of all scenes, so even a perfect encoder reaches only about 95 %.
 LEANING_SD = 0.25
 
 _SEED = 2020
 _PARCELS = 4  # rows and columns of parcels
-_MOST_OTHERS = 4  # parcels of a scene that may be of another class
+_MOST_OTHERS = 4  # maximum number of parcels of other classes in a scene
 _SHIFT_MONTHS_SD, _PARCEL_SHIFT_MONTHS_SD = 0.2, 0.15
 _ILLUMINATION_SD, _PARCEL_BRIGHTNESS_SD = 0.03, 0.04
 _OFFSET_SD = 0.02
@@ -48,7 +48,7 @@ _HAZE_SD = 0.008
 _NOISE_SD = 0.04
 _NOISE_STARTS = 1 << 16
 
-# Made-up, rounded digital numbers, typical of such surfaces, in the order of BANDS.
+# Invented, rounded digital numbers, typical of each surface, in the order of BANDS.
 _SURFACES = {
     "water": (500, 450, 300, 150, 250, 180, 160, 140, 80, 60, 550, 130),
     "concrete": (1400, 1600, 1800, 2200, 1900, 2000, 2100, 2300, 2500, 2200, 1300, 2300),
@@ -64,9 +64,9 @@ _SURFACES = {
     "rapeseed": (450, 1300, 900, 4100, 1600, 3100, 3700, 4200, 2000, 1000, 400, 4000),
     "rice": (300, 550, 350, 3000, 750, 2200, 2700, 3050, 1200, 500, 280, 2900),
 }
-# Class: background, foliage, lowest and highest foliage cover, month (from 0) of the highest,
-# standard deviation of the season in months. Classes are paired in order: first and second, third
-# and fourth, and so on.
+# Class: background, foliage, lowest and highest foliage cover, month of the highest cover (January
+# is 0), standard deviation of the season in months. Consecutive classes are paired: first and
+# second, third and fourth, and so on.
 _SEASONS = {
     "water": ("water", "grass", 0.00, 0.05, 7.0, 2.0),
     "rice": ("wet soil", "rice", 0.00, 0.95, 7.3, 1.3),
@@ -80,7 +80,7 @@ _SEASONS = {
     "maize": ("soil", "maize", 0.00, 0.95, 6.8, 1.2),
 }
 CLASSES = tuple(_SEASONS)
-# Haze scatters short wavelengths most.
+# Haze by band, in the order of BANDS; it scatters short wavelengths most.
 _HAZE = np.array([0.80, 0.60, 0.45, 0.22, 0.38, 0.32, 0.27, 0.20, 0.06, 0.03, 1.00, 0.17])
 
 _BACKGROUND = np.array([_SURFACES[season[0]] for season in _SEASONS.values()], dtype=float)
@@ -89,17 +89,17 @@ _LOWEST, _HIGHEST, _PEAK, _WIDTH = np.array([season[2:] for season in _SEASONS.v
 
 
 def labels(count: int) -> NDArray[np.int64]:
-    """Return the classes of the first ``count`` scenes of any split, as indices in
-    :data:`CLASSES`. Classes alternate in order."""
+    """Return the classes of the first ``count`` scenes of any split, as indices in :data:`CLASSES`.
+    Scenes take the classes in turn."""
     return np.arange(count) % len(CLASSES)
 
 
 def months(num_timesteps: int) -> NDArray[np.int64]:
-    """Return the months of the images of a scene, counted from 0 for January.
+    """Return the month of each image of a scene, where 0 is January.
 
     Up to twelve images are spread over the year (one: July; three: March, July and November), so
-    that even a few show the seasons. More than twelve are consecutive months, with 12 for the next
-    January.
+    that even a few show the seasons. With more than twelve, the months are consecutive, and the
+    count continues past December: 12 is the next January.
     """
     if num_timesteps > 12:
         return np.arange(num_timesteps)
@@ -117,7 +117,7 @@ def scene_batch(
     """Return GENERATED scenes.
 
     Args:
-        indices: which scenes of the split.
+        indices: indices of the scenes in the split.
         split: a key of :data:`SIZES`.
         image_size: height and width in pixels.
         num_timesteps: images per scene, taken in :func:`months`.
@@ -129,8 +129,8 @@ def scene_batch(
     """
     draws = [_draw(split, index, num_timesteps) for index in indices]
     batch = {name: np.stack([draw[name] for draw in draws]) for name in draws[0]}
-    # numpy computes everything but the pixels. The device's operations (look-ups, one
-    # multiplication, one clamp) round the same everywhere.
+    # numpy computes everything but the pixels. The operations on the device (lookups, one
+    # multiplication, one clamp) round identically on all devices.
     spectra = torch.from_numpy(_parcel_spectra(batch, num_timesteps).astype(np.float32)).to(device)
     scenes = torch.arange(len(draws), device=device)[:, None, None]
     pixels = spectra[scenes, _parcel_of_pixels(batch["corner"], image_size, device)]
@@ -147,7 +147,8 @@ def _draw(split: str, index: int, num_timesteps: int) -> dict[str, Any]:
     label = index % len(CLASSES)
     parcels = _PARCELS * _PARCELS
     foreign = rng.permutation(parcels) < rng.integers(_MOST_OTHERS + 1)
-    # Foreign parcels may be of the scene's own class: excluding it would give that class away.
+    # Parcels of random class may have the scene's own class: excluding it would give that class
+    # away.
     return {
         "label": label,
         "foreign": foreign,
@@ -190,7 +191,7 @@ def _season(classes: NDArray[Any], shift: Floats, num_timesteps: int) -> Floats:
 
     Args:
         classes: (batch, parcels) indices in :data:`CLASSES`.
-        shift: (batch, parcels) months by which their season is late.
+        shift: (batch, parcels) number of months by which the season of a parcel is late.
 
     Returns:
         (batch, parcels, timesteps, bands) digital numbers.
@@ -206,7 +207,8 @@ def _season(classes: NDArray[Any], shift: Floats, num_timesteps: int) -> Floats:
 
 def _parcel_of_pixels(corner: Floats, image_size: int, device: torch.device | str) -> torch.Tensor:
     """Return (batch, height, width) parcel indices. The grid starts at ``corner`` (fractions of
-    height and width) and wraps around, because aligned patches would each show one parcel only."""
+    height and width) and wraps around; if it were aligned with patches, each patch would show only
+    one parcel."""
     starts = torch.from_numpy((corner * image_size).astype(np.int64)).to(device)
     places = torch.arange(image_size, device=device)
     grid = (places + starts[..., None]) % image_size * _PARCELS // image_size
@@ -215,7 +217,8 @@ def _parcel_of_pixels(corner: Floats, image_size: int, device: torch.device | st
 
 @functools.lru_cache(maxsize=2)
 def _noise(length: int, device: str) -> torch.Tensor:
-    """Return noise factors for the pixels; each scene reads ``length`` of them from its own start.
+    """Return noise factors for the pixels; each scene reads ``length`` of them from a start of its
+    own.
 
     Fresh noise for every pixel would take longer than everything else.
     """

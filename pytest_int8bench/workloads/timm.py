@@ -1,4 +1,4 @@
-"""Build timm image models by name, with inputs and units taken from the model's configuration."""
+"""Build timm image models by name, with inputs and units derived from the model's configuration."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ INPUT_SEED = 0
 
 
 def timm_model(name: str) -> Workload:
-    """Return the workload of a timm model with random weights, fed normal noise.
+    """Return the workload of a timm model with random weights, which gets Gaussian noise as input.
 
     The image size defaults to the model's own; ``extra.image_size=384`` selects another. Models
-    with convolutions beyond a patch embedding run in ``channels_last``. The default filter skips
-    the layers that timm's configuration lists as classifiers.
+    that have convolutions besides the patch embedding run in ``channels_last``. The default filter
+    skips the layers that timm's configuration lists as classifiers.
 
     Args:
         name: a model in ``timm.list_models()``.
@@ -59,12 +59,12 @@ class _NamedModel:
     height: int
     width: int
     is_sized: bool
-    """Whether it is built for one image size rather than for any."""
+    """Whether it is built for one image size, rather than accepting any."""
     heads: frozenset[str]
-    """Paths of its classifiers."""
+    """Module paths of its classifiers."""
     convolutions: int
     patch: tuple[int, int] | None
-    """Height and width in pixels per token, convolutions of a hybrid included; None if the model
+    """Height and width of a token in pixels, including a hybrid's convolutions; None if the model
     has no tokens."""
     prefix_tokens: int
     """Tokens that do not represent a patch."""
@@ -83,7 +83,7 @@ class _NamedModel:
         if weights == HUB:
             try:
                 return self.build(params, pretrained=True)
-            except Exception as error:  # the hub's client raises errors of its own
+            except Exception as error:  # the Hub's client raises its own errors
                 raise WeightsError(
                     f"weights of timm:{self.name} cannot be loaded: {first_line(error)}"
                 ) from None

@@ -15,7 +15,7 @@ from pytest_int8bench.git_lfs import POINTER, is_pointer
 
 RANDOM, HUB = "random", "hub"
 _SHOWN = 3
-#: Keys under which training scripts save the state dict.
+#: Keys under which training scripts commonly save the state dict.
 _WRAPPERS = ("state_dict", "model")
 #: Matches the name of the object that torch refused to load.
 _FORBIDDEN = re.compile(r"GLOBAL (\S+)")
@@ -57,10 +57,10 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_not_pointer(path: Path) -> None:
-    """Refuse weights that Git LFS did not download.
+    """Reject Git LFS pointers, whose weights were not downloaded.
 
     Args:
-        path: a file, or a model's folder, whose files are all checked.
+        path: a file, or a model's folder, in which all files are checked.
 
     Raises:
         WeightsError: one line that names the first such file.

@@ -16,7 +16,7 @@ from pytest_int8bench.cli.checks.lines import OK, PROBLEM, WARNING, Line
 from pytest_int8bench.cli.checks.machine import Machine
 from pytest_int8bench.files import FileError, is_noexec, probe_report
 
-# Inductor's code includes Python's header, and OpenMP's where Inductor compiles with OpenMP.
+# Inductor's code includes Python's header, and OpenMP's header if Inductor compiles with OpenMP.
 _IS_LINUX = sys.platform == "linux"
 _PROGRAM = f"""#include <Python.h>
 {"#include <omp.h>" if _IS_LINUX else ""}
@@ -24,7 +24,8 @@ extern "C" int int8bench() {{ return 0; }}
 """
 _TIMEOUT_S = 60
 _INSTALL = "install a C++ compiler and Python's headers (Debian: apt install g++ python3-dev)"
-#: Free space that counts as full, and free space in which a sweep's compiled code and results fit.
+#: With less free space than the first, a disk counts as full; the second has room for a sweep's
+#: compiled code and results.
 _FULL_BYTES, _NEARLY_FULL_BYTES = 64 << 20, 2 << 30
 _SET_TMPDIR = "set TMPDIR to another folder"
 
@@ -84,7 +85,7 @@ def folders(machine: Machine) -> Iterator[Line]:
         yield Line(PROBLEM, problem)  # the problem includes its remedy
     try:
         yield _folder("temporary files", tempfile.gettempdir(), _SET_TMPDIR)
-    except FileNotFoundError as error:  # none of Python's candidate folders is usable
+    except FileNotFoundError as error:  # none of the folders that Python tries is usable
         yield Line(PROBLEM, f"folder of temporary files: {error.strerror}", _SET_TMPDIR)
     yield _folder("results", ".benchmarks", "run pytest in another folder")
 
@@ -93,10 +94,10 @@ def _folder(what: str, folder: str, remedy: str, *, runs: bool = False) -> Line:
     """Check a folder, which may not exist yet.
 
     Args:
-        what: the contents of the folder.
+        what: a description of the folder's contents.
         folder: its path.
-        remedy: the remedy if the folder cannot be used.
-        runs: whether code is loaded from it.
+        remedy: what to do if the folder cannot be used.
+        runs: whether code is loaded from the folder.
     """
     path = Path(folder).absolute()
     text = f"folder of {what}, {path}"

@@ -1,4 +1,4 @@
-"""Check the GPUs, their current state and the kernels that run on them."""
+"""Check the GPUs, their current state, and the kernels that run on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NO_NVML = "in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility"
 
 
 def gpus(machine: Machine) -> Iterator[Line]:
-    """Describe each GPU and check whether anything slows it down now."""
+    """Describe each GPU and check whether anything is slowing it down."""
     seen = [device.uuid for device in machine.torch.devices if device.uuid]
     if machine.gpus is None:
         what = f"torch sees {plural(len(seen), 'GPU')}" if seen else "torch sees none"
@@ -110,7 +110,7 @@ def _others(gpu: nvml.Gpu) -> Line:
 
 
 def kernels(machine: Machine) -> Iterator[Line]:
-    """Name the kernels that run here, and say why others do not."""
+    """Report which kernels run here, and why others do not."""
     report = machine.torch
     try:
         forced = dispatch.forced_kernel()
@@ -133,7 +133,7 @@ def _kernels(device: Device, forced: str | None) -> Line:
     text = f"kernels on {device.name}: {', '.join(device.kernels)}"
     text += "".join(f"; not available: {name} ({why})" for name, why in device.unmet.items())
     text += "".join(f"; failed: {name} ({why})" for name, why in device.failed.items())
-    # Kernels for other kinds of devices are not a problem.
+    # Kernels that are meant for other devices are not a problem.
     remedy = "slower kernels run instead; install the Triton version that torch requires"
     line = Line(WARNING, text, remedy) if device.failed else Line(OK, text)
     if forced is None:

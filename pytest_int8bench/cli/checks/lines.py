@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: All is well; look at this; fix this before you measure.
+#: Marks of lines: all is well; look at this; fix this before you measure.
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 _MARKS = (OK, WARNING, PROBLEM)
 

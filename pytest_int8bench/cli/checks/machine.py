@@ -1,4 +1,4 @@
-"""Read facts about this machine that several checks need, each once and on first use."""
+"""Provide facts about this machine that several checks need, each read once, on first use."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Machine:
 
     @functools.cached_property
     def torch(self) -> torch_probe.TorchReport:
-        """Report from torch, loaded in a separate process."""
+        """The report of torch, which is loaded in a separate process."""
         return torch_probe.ask()
 
     @functools.cached_property
     def gpus(self) -> list[tuple[nvml.Gpu, list[str]]] | None:
-        """The GPUs with their UUIDs or the UUIDs of their MIG instances; None without NVML."""
+        """The GPUs, each with its UUID or those of its MIG instances; None without NVML."""
         return nvml.whole_gpus()

@@ -12,7 +12,7 @@ from pytest_int8bench.cli.checks.software import OURS, installed
 from pytest_int8bench.clock import lasting_tracers
 
 _BENCHMARK = "pytest-benchmark"
-# Plugins that affect timings -> how they do it, and the remedy.
+# Plugin that affects timings -> how it does so, and the remedy.
 _AFFECTING_TIMINGS = {
     "pytest-codspeed": ("--codspeed disables timing", "run without --codspeed"),
     "pytest-cov": ("--cov traces Python, except while the timer runs", "run with --no-cov"),
@@ -22,7 +22,7 @@ _AFFECTING_TIMINGS = {
     "pytest-run-parallel": ("--parallel-threads runs tests in parallel", "run without it"),
     "pytest-xdist": ("with -n, processes share cores and GPUs", "run at most one worker per GPU"),
 }
-# Environment variables that affect measurements -> how they do it.
+# Environment variable that affects measurements -> how it does so.
 _VARIABLES = {
     "TORCHDYNAMO_DISABLE": "torch.compile compiles nothing",
     "TORCH_COMPILE_DISABLE": "torch.compile compiles nothing",
@@ -47,7 +47,7 @@ def pytest(machine: Machine) -> Iterator[Line]:
 
 
 def plugins(machine: Machine) -> Iterator[Line]:
-    """Name the installed plugins, with warnings about those that affect timings."""
+    """List the installed plugins, with warnings about those that affect timings."""
     found = _plugins()
     for name in found:
         if name in _AFFECTING_TIMINGS:
@@ -59,7 +59,7 @@ def plugins(machine: Machine) -> Iterator[Line]:
 
 
 def environment(machine: Machine) -> Iterator[Line]:
-    """Name settings that slow down processes started here or change their results."""
+    """Report settings that slow down processes started here or change their results."""
     set_here = {name: why for name, why in _VARIABLES.items() if os.environ.get(name)}
     for name, why in set_here.items():
         if os.environ[name] != "0":
@@ -72,7 +72,7 @@ def environment(machine: Machine) -> Iterator[Line]:
 
 
 def _plugins() -> list[str]:
-    """Return the distributions whose plugins pytest loads automatically."""
+    """Return the names of distributions whose plugins pytest loads automatically."""
     entries = importlib.metadata.entry_points(group="pytest11")
     names = (entry.dist.metadata["Name"] for entry in entries if entry.dist is not None)
     return sorted({name.lower().replace("_", "-") for name in names if name})

@@ -16,20 +16,21 @@ from pytest_int8bench.cli.checks.machine import Machine
 from pytest_int8bench.environment import package_version
 
 OURS = "pytest-int8bench"
-#: Packages with separate lines.
+#: Packages that other checks report on a line of their own.
 _CHECKED_SEPARATELY = ("torch", "torchao", "pytest", "pytest-benchmark")
-# Version prefixes of torch and Triton that together give wrong results on a GPU -> for which code.
+# Prefixes of a torch and a Triton version that together give wrong results on a GPU -> for which
+# code.
 _MISCOMPILES = {("2.13.", "3.7.1"): "slice assignments, as in RoPE (pytorch#193183)"}
 
 
 def python(machine: Machine) -> Iterator[Line]:
-    """Name the Python version and the system."""
+    """Report the Python version and the operating system."""
     system = f"{platform.system()} {platform.machine()}"
     yield Line(OK, f"Python {platform.python_version()}, {system}")
 
 
 def requirements(package: str) -> dict[str, Requirement]:
-    """Return an installed package's requirements on this system by name, without its extras."""
+    """Map names to an installed package's requirements on this system, ignoring its extras."""
     found = map(Requirement, importlib.metadata.requires(package) or ())
     return {
         canonicalize_name(needed.name): needed
@@ -66,7 +67,7 @@ def torch(machine: Machine) -> Iterator[Line]:
     line, report = installed("torch"), machine.torch
     findings = []
     if problem := report.problems.get("torch"):
-        # If torch is not installed, the failed import is not a second problem.
+        # If torch is not installed, do not report the failed import as a second problem.
         if package_version("torch") is not None:
             remedy = "pip install --force-reinstall torch"
             findings.append(Line(PROBLEM, f"it cannot be imported: {problem}", remedy))
@@ -123,7 +124,7 @@ def _miscompiled(triton: str) -> list[Line]:
 
 
 def cuda(machine: Machine) -> Iterator[Line]:
-    """Check the driver against the CUDA version for which torch is built."""
+    """Check that the driver supports the CUDA version for which torch is built."""
     report, known = machine.torch, nvml.driver_cuda()
     driver = machine.gpus[0][0].driver() if machine.gpus else None
     text = f"driver {driver or 'not known'}"

@@ -1,7 +1,8 @@
 """Ask torch about this machine in a child process.
 
-A broken torch can crash or hang its process. ``python -m`` runs this module in the child, which
-prints a line of JSON before and after each stage, so that the parent knows how far it got.
+A broken torch can crash or hang the process that imports it. ``python -m`` runs this module in the
+child, which prints a line of JSON before and after each stage, so that the parent knows how far it
+got.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.processes.running import ending
 
 _TIMEOUT_S = 180
-#: Marks our lines, because libraries print to stdout too.
+#: Start of our lines, which distinguishes them from what libraries print to stdout.
 _MARK = "int8bench-doctor "
 
 
@@ -33,21 +34,21 @@ class Device:
     name: str
     uuid: str = ""
     problem: str | None = None
-    """Why it runs no kernels at all."""
+    """Why it cannot run any kernels."""
     fused_problem: str | None = None
-    """Why it runs none of the fused kernels."""
+    """Why it cannot run any of the fused kernels."""
     kernels: tuple[str, ...] = ()
     """Kernels that run."""
     unmet: dict[str, str] = field(default_factory=dict)
-    """Kernels for other devices -> their requirements."""
+    """Kernel for other devices -> its requirements."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Kernels for this device -> why they do not run."""
+    """Kernel for this device -> why it does not run."""
 
 
 @dataclass(frozen=True)
 class TorchReport:
-    """Facts reported by torch. A failed stage of the child adds its name and error to ``problems``
-    and leaves its fields at their defaults."""
+    """Facts reported by torch. If a stage of the child fails, its name and error are in
+    ``problems``, and its fields have their defaults."""
 
     problems: dict[str, str] = field(default_factory=dict)
     version: str | None = None
@@ -57,7 +58,7 @@ class TorchReport:
     inductor_folder: str | None = None
     triton_folder: str | None = None
     devices: tuple[Device, ...] = ()
-    """The GPUs, or the CPU."""
+    """The GPUs, or the CPU if torch sees none."""
     cuda_problem: str | None = None
     """Why torch sees no GPU."""
 

@@ -22,8 +22,8 @@ from pytest_int8bench.kernels.tile_types import Problem, Product
 
 @triton.jit
 def _tile_of(index, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Return row and column of tile ``index``. Tiles that share rows of A and columns of B come
-    one after the other in groups of ``GROUP`` tile rows, so that both are found in the cache."""
+    """Return the tile row and tile column of tile ``index``. Tiles are numbered within groups of
+    ``GROUP`` tile rows, so that consecutive tiles share inputs, which are then in the cache."""
     in_m = tl.cdiv(M, BM)
     in_n = tl.cdiv(N, BN)
     group = index // (GROUP * in_n)
@@ -59,7 +59,7 @@ def _scaled(
 
 @triton.jit
 def _of_columns(vector, columns, N):
-    """Return a row of FP32 values of ``vector``, one for each column."""
+    """Load the values of ``vector`` for the given columns, as a row in FP32."""
     return tl.load(vector + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
 
 
@@ -82,7 +82,8 @@ def _finish(
     HAS_RESIDUAL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Scale a part of a tile and store it through the descriptor ``c``."""
+    """Scale a part of a tile, add the residual, and store the result through the descriptor
+    ``c``."""
     rows = at_m + tl.arange(0, acc.shape[0])
     columns = at_n + tl.arange(0, acc.shape[1])
     out = _scaled(
@@ -98,7 +99,7 @@ def _finish(
 
 @triton.jit
 def _halves(acc):
-    """Return the left and the right half of the columns of ``acc``."""
+    """Return the left and the right half of ``acc``."""
     wide: tl.constexpr = acc.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, wide)), (0, 2, 1)))
 
@@ -128,10 +129,10 @@ def int8_product_tma(
     HAS_GAMMA: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    """The product with tensor descriptors; each program runs many tiles.
+    """Compute the matmul with tensor descriptors; each program computes many tiles.
 
-    A tile is stored in ``PARTS`` parts, which leaves shared memory for a second program on the
-    same multiprocessor: one multiplies while the other scales and stores.
+    A tile is stored in ``PARTS`` parts, which leaves enough shared memory for a second program on
+    the same multiprocessor: one multiplies while the other scales and stores.
     """
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     k_tiles = tl.cdiv(K, BK)
@@ -204,15 +205,16 @@ def int8_product_pointers(
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """The product with pointers, for GPUs without TMA (sm80, sm89) and any K and N."""
+    """Compute the matmul with pointers, for GPUs without TMA (sm80, sm89) and any K and N."""
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     rows = tile_m * BM + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
     depth = tl.arange(0, BK)
-    # Rows beyond the end are read again from the start, which needs no mask, and not stored.
+    # Indices beyond M or N wrap around, so that loads need no mask for them. Their results are not
+    # stored.
     left_at = a + (rows % M).to(tl.int64)[:, None] * K + depth[None, :]
     right_at = b + (columns % N).to(tl.int64)[None, :] * K + depth[:, None]
-    # Loaded before the loop, which hides how long that takes.
+    # Load these before the loop, which hides their latency.
     scale_m = tl.load(row_scale + rows, mask=rows < M, other=0.0)
     scale_n = _of_columns(column_scale, columns, N)
     if HAS_BIAS:
@@ -254,10 +256,10 @@ def launch_tma(
     """Return the launch of the kernel with tensor descriptors.
 
     Args:
-        problem: the sizes.
+        problem: the sizes of the matmul.
         has_bias: whether there is a bias.
         has_gamma: whether there is a factor for each column.
-        stride: from row to row of the residual, 0 without one.
+        stride: row stride of the residual; 0 without one.
         tile: the tiles.
         device: where the kernel runs.
     """
@@ -293,7 +295,7 @@ def launch_pointers(
     tile: Product,
     device: torch.device,
 ) -> Launch:
-    """Return the launch of the kernel with pointers; the arguments are those of
+    """Return the launch of the kernel with pointers, which takes the arguments of
     :func:`launch_tma`."""
     return Launch(
         int8_product_pointers,

@@ -1,8 +1,8 @@
-"""Rotary position embedding (RoPE): two columns at a time are rotated by an angle.
+"""Rotary position embedding (RoPE): rotate pairs of columns by an angle.
 
-The bits are those of the kernels that Inductor makes of a model's own rotation: FP32 from inputs to
-result, the same sines and cosines, and the same products in fused multiply-adds, which are written
-out here so that no compiler chooses others.
+The results match, bit for bit, those of the kernels that Inductor generates from a model's own
+rotation: FP32 throughout, the same sines and cosines, and the same fused multiply-adds, which are
+written out here so that no compiler chooses others.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pytest_int8bench.kernels.launch import DEFAULT_STAGES, Launch, ceil
 from pytest_int8bench.kernels.schema import ROTATIONS
 from pytest_int8bench.kernels.tile_types import Heads
 
-#: Elements of a tensor that one program of ``rotate_heads`` rotates, in whole rows.
+#: Number of elements of each tensor that one program of ``rotate_heads`` rotates, in whole rows.
 _TILE = 2048
 _NONE = tl.constexpr(ROTATIONS.index("none"))
 _ANGLES = tl.constexpr(ROTATIONS.index("angles"))
 _HALVES = tl.constexpr(ROTATIONS.index("halves"))
-# Adding and taking away 1.5 * 2**23 rounds a float to the nearest integer.
+# Adding and then subtracting 1.5 * 2**23 rounds a float to the nearest integer.
 _ROUND = tl.constexpr(12582912.0)
-# From here on, libdevice reduces angles by integer arithmetic.
+# From this angle on, libdevice uses integer arithmetic to reduce angles.
 _LARGE = tl.constexpr(105615.0)
 
 
 @triton.jit
 def _sine_and_cosine(x):
-    """Return the bits of libdevice's sine and cosine for angles below ``_LARGE``, and both at most
-    2e-7 off up to a hundred thousand turns."""
-    # Not a product, which the compiler would round together with the sum.
+    """Return sine and cosine: bit-identical to libdevice's for angles below ``_LARGE``, and with an
+    error of at most 2e-7 up to a hundred thousand turns."""
+    # Not a plain multiplication, which the compiler would fuse with the addition.
     quarters = tl.fma(x, 0.6366197466850281, 0.0) + _ROUND
     turns = quarters - _ROUND
     r = tl.fma(turns, -1.570796251296997, x)
@@ -65,7 +65,8 @@ def _angles(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Return the angles of rows: loaded, or sums of ``TERMS`` positions times frequencies."""
+    """Return the angles of rows: loaded, or as a sum of ``TERMS`` positions times their
+    frequencies."""
     columns = tl.arange(0, PADDED // 2)
     fits = columns < WIDTH // 2
     rows = turn + at.to(tl.int64) * turn_row
@@ -100,8 +101,8 @@ def _frequency(row, columns, fits):
 def _pairs(
     source, row_step, at, there, HALVES: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
 ):
-    """Return the first and the second columns of all pairs in FP32: the even and the odd ones, or
-    the halves of a row."""
+    """Return the first and the second columns of all pairs in FP32: the two halves of each row with
+    ``HALVES``, else its even and its odd columns."""
     rows = source + at.to(tl.int64)[:, None] * row_step
     if HALVES:
         columns = tl.arange(0, PADDED // 2)[None, :]
@@ -138,7 +139,8 @@ def rotated_pairs(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Return both columns of all pairs of rows, rotated as ``ROTATION`` says."""
+    """Load rows and return the first and the second columns of all pairs, rotated as ``ROTATION``
+    specifies."""
     first, second = _pairs(source, row_step, at, there, ROTATION == _HALVES, WIDTH, PADDED)
     if ROTATION == _HALVES:
         cosine, second_cosine = _pairs(turn, turn_row, at, there, True, WIDTH, PADDED)
@@ -157,7 +159,7 @@ def rotated_pairs(
 def _store(
     out, out_row, first, second, sine, cosine, at, there, WIDTH: tl.constexpr, PADDED: tl.constexpr
 ):
-    """Rotate adjacent columns of rows, and store them."""
+    """Rotate pairs, and store them in adjacent columns."""
     first, second = _turned(first, second, sine, cosine, sine, cosine)
     result = tl.reshape(tl.join(first, second), (first.shape[0], PADDED))
     columns = tl.arange(0, PADDED)[None, :]
@@ -196,8 +198,9 @@ def rotate_heads(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Rotate adjacent columns of ``q[B, H, N, WIDTH]``, and of ``k`` if there is one, by the same
-    angles. The heads of a row follow each other, as they do in memory."""
+    """Rotate pairs of adjacent columns of ``q[B, H, N, WIDTH]``, and of ``k`` if there is one, by
+    the same angles. Consecutive programs take the heads of the same rows, which are close in
+    memory."""
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     block = tl.program_id(0) // HEADS
     blocks = tl.cdiv(ROWS, BLOCK)
@@ -219,8 +222,8 @@ def rotate_heads(
     _store(q_out, out_row, first, second, sine, cosine, at, there, WIDTH, PADDED)
     if k is not None:
         _store(k_out, out_row, k_first, k_second, sine, cosine, at, there, WIDTH, PADDED)
-    # With zeros of a pair, so that its thread has the angle: Triton would compute it once more for
-    # another thread.
+    # The minimum is 0. Taking it of a pair keeps the angle in the thread of that pair; otherwise,
+    # Triton would compute the angle again in another thread.
     sizes = tl.maximum(tl.abs(angles), tl.minimum(tl.abs(first), 0.0))
     if tl.max(tl.max(sizes, 1), 0) >= _LARGE:
         tl.debug_barrier()
@@ -238,9 +241,9 @@ def launch(heads: Heads, rotation: str, terms: int, strides: Sequence[Sequence[i
     Args:
         heads: the sizes.
         rotation: one of ``schema.ROTATIONS``.
-        terms: positions that an angle is computed from, if it is.
-        strides: from batch to batch, head to head and row to row: of queries, keys, both tensors
-            that describe the rotation, and the result.
+        terms: number of positions that an angle is computed from; 0 if angles are given.
+        strides: batch, head and row strides of each of queries, keys, the two tensors that describe
+            the rotation, and the result.
     """
     rows = max(_TILE // heads.padded, 1)
     return Launch(

@@ -35,7 +35,7 @@ _RERUN = "rerun"
 
 
 def is_controller(config: pytest.Config) -> bool:
-    """Return whether this process distributes its tests to workers."""
+    """Return whether this process distributes the tests to workers."""
     option = config.option
     asked = getattr(option, "dist", "no") != "no" and bool(getattr(option, "tx", None))
     return asked and not option.collectonly and not hasattr(config, "workerinput")
@@ -50,7 +50,7 @@ def limit_workers(config: pytest.Config, workers: int) -> int:
 
 
 class Controller(Recorder):
-    """The recorder of the controller, also a pytest plugin. It takes the records of workers."""
+    """The recorder of the controller, and a pytest plugin. It takes over the records of workers."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -62,7 +62,7 @@ class Controller(Recorder):
         self._lost: set[str] = set()
         #: Maps a worker's id to its latest message with records.
         self._measured: dict[str, Message] = {}
-        #: Points that crashed a worker before any worker had sent a fingerprint.
+        #: Failed points that crashed a worker before any worker had sent a fingerprint.
         self._waiting: list[Result] = []
         #: Maps a node id to its worker and the number of the attempt on that worker.
         self._attempts: dict[str, tuple[str, int] | None] = {}
@@ -74,7 +74,8 @@ class Controller(Recorder):
 
     @guarded("placing a worker")
     def pytest_configure_node(self, node: Any) -> None:
-        """Assign a worker an index on its host; a replacement takes that of the crashed one."""
+        """Assign a worker an index on its host; a replacement takes the index of the crashed
+        worker."""
         host = _host_of(node.gateway.spec, node.nodemanager)
         taken = [number for where, number in self._slots.values() if where == host]
         number = next(number for number in range(len(taken) + 1) if number not in taken)
@@ -98,7 +99,7 @@ class Controller(Recorder):
 
     @guarded("looking for GPUs")
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
-        """Check before the first test that this host has a GPU for each of its workers."""
+        """Before the first test, check that this host has a GPU for each of its workers."""
         if not self._order:
             self._order = {self._without_group(nodeid): index for index, nodeid in enumerate(ids)}
             self.session.collected |= set(self._order)
@@ -173,7 +174,7 @@ class Controller(Recorder):
             params = RunParams.from_dict(values).with_short_name(message.has_short_name)
             self.points_of[nodeid] = (workload, params)
         for kind, fields in message.records:
-            with self.guard("recording"):  # one that fails must not lose the others
+            with self.guard("recording"):  # if one fails, the others must not be lost
                 record = unpacked(kind, fields)
                 self._take(
                     dataclasses.replace(record, nodeid=self._without_group(record.nodeid)), message
@@ -229,8 +230,8 @@ class Controller(Recorder):
         return journal
 
     def _separate_journal(self, message: Message, environment: Mapping[str, Any]) -> Journal | None:
-        """Return the separate journal of a worker that runs on another machine or software than the
-        first one; None if it does not."""
+        """Return the separate journal of a worker whose machine or software differs from the first
+        worker's; None if they do not differ."""
         if message.worker in self._separate:
             return self._separate[message.worker][0]
         together = self.environment()
@@ -290,7 +291,7 @@ class Controller(Recorder):
         return (yield)
 
     def measured_by(self) -> list[str]:
-        """Return lines with the presets, and the workers that measured with their GPUs."""
+        """Return lines that name the presets, and the workers that measured with their GPUs."""
         places = [
             f"{name} ({', '.join([message.host, *message.gpus])})"
             for name, message in sorted(self._measured.items())
@@ -299,7 +300,7 @@ class Controller(Recorder):
         return [*lines, *([f"measured by {', '.join(places)}"] if places else [])]
 
     def problems(self) -> list[str]:
-        """Return a line for each worker with separate results, with the reason."""
+        """Return a line for each worker whose results are kept separate, with the reason."""
         lines = []
         for worker, (journal, listed) in self._separate.items():
             names = [text.partition(" ")[0] for text in listed]

@@ -9,7 +9,7 @@ from typing import Any
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.records import KINDS
 
-#: Name of our attribute of reports, and of our entry in ``workerinput`` and ``workeroutput``.
+#: Name of our attribute on reports, and of our entry in ``workerinput`` and ``workeroutput``.
 KEY = "int8bench"
 #: Environment variable with a worker's index and the number of workers on its host: ``1/2`` for the
 #: second of two. The worker reads it before it imports a ``conftest.py``.
@@ -19,7 +19,7 @@ _KINDS = {kind.__name__: kind for kind in KINDS.values()}
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """A message that holds plain values only."""
+    """A message, which holds only plain values."""
 
     worker: str
     host: str
@@ -31,15 +31,15 @@ class Message:
     environment: dict[str, Any] | None
     """Fingerprint of the machine and software; sent with records."""
     records: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Kind and values of each."""
+    """Kind and values of each record."""
     timings: list[dict[str, Any]] = field(default_factory=list)
     """Timings in pytest-benchmark's saved form, each with ``has_error``."""
     device_lost: bool = False
     """Whether the worker lost its device and exits before its next test."""
     problems: list[str] = field(default_factory=list)
-    """Problems of the worker apart from failed tests, one line each."""
+    """Problems of the worker other than failed tests, one line each."""
     has_short_name: bool = False
-    """Whether the run name is that of a workload other than OlmoEarth."""
+    """Whether the run name has the short form, for workloads other than OlmoEarth."""
     attempt: int = 1
     """Number of times that this worker has started the test."""
 
@@ -49,7 +49,7 @@ class Message:
         return any(found) or self.attempt > 1
 
     def to_json(self) -> str:
-        """Return the message as JSON: pytest-xdist sends built-in types only, not numpy's."""
+        """Return the message as JSON: pytest-xdist sends only built-in types, not numpy's."""
         return json.dumps(vars(self), default=_as_pytest_benchmark_does)
 
     @classmethod

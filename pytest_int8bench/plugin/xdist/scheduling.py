@@ -19,14 +19,14 @@ _MIN_PENDING = 2
 def families(ids: Sequence[str]) -> list[list[int]]:
     """Group the tests that must run on the same worker: those of a baseline and its candidates.
 
-    The tests are sorted by model, baselines first. Points of two workloads may have the same names:
-    if a baseline or an earlier candidate follows a candidate, the next workload has begun.
+    The tests are sorted by model, baselines first. Points of two workloads may have the same names,
+    so a baseline or an earlier candidate that follows a candidate starts the next workload.
 
     Args:
         ids: node ids in the order of the tests.
 
     Returns:
-        Indices of ``ids`` for each group. A test without a point is a group of its own.
+        For each group, its indices in ``ids``. A test without a point is a group of its own.
     """
     found: list[list[int]] = []
     family: list[int] = []
@@ -49,7 +49,7 @@ def families(ids: Sequence[str]) -> list[list[int]]:
 
 
 class FamilyScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Assign whole families in the order of the tests, each to the first free worker.
+    """Assigns whole families in the order of the tests, each to the first free worker.
 
     Args:
         lost: ids of the workers that lost their device. The next test of such a worker is rerun; a
@@ -104,8 +104,8 @@ class FamilyScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has 
 
 
 class Scheduling:
-    """Act as the scheduler of ``--dist=load`` until the tests are collected. If one of them has a
-    point, switch to a scheduler that keeps families together.
+    """Acts as the scheduler of ``--dist=load`` until the tests are collected. If any of them has a
+    point, it then switches to a scheduler that keeps families together.
 
     Args:
         usual: the scheduler of ``--dist=load``.

@@ -1,4 +1,5 @@
-"""A pytest-xdist worker: use one GPU, and send results to the controller with test reports."""
+"""A pytest-xdist worker: use one GPU, and send results to the controller along with test
+reports."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class _Pinned:
     """The result of restricting a process to one GPU."""
 
     gpu: str | None
-    """Its name in ``CUDA_VISIBLE_DEVICES``; None if too few GPUs were left."""
+    """Its name in ``CUDA_VISIBLE_DEVICES``; None if there were too few GPUs."""
     shared: list[str] | None
     """The GPUs that the workers of this host share; None if unknown."""
 
@@ -48,17 +49,17 @@ _PINNED = pytest.StashKey[_Pinned]()
 
 
 def pin_at_start(config: pytest.Config) -> None:
-    """Restrict this process to its GPU if the command line has an option of this plugin: before a
-    ``conftest.py`` is imported, which may initialize CUDA."""
-    # Remove the variable: it is not meant for processes that tests start.
+    """Restrict this process to its GPU if the command line has an option of this plugin. This
+    happens before a ``conftest.py``, which may initialize CUDA, is imported."""
+    # Remove the variable, because it is not meant for processes started by tests.
     number, count = map(int, os.environ.pop(SLOT).split("/"))
     if count > 1 and options.are_on_command_line(config.known_args_namespace):
         config.stash[_PINNED] = _Pinned.to(number)
 
 
 class Worker(Recorder):
-    """The recorder of a worker, also a pytest plugin. It keeps records in memory and sends each to
-    the controller, which writes them, with the next test report."""
+    """The recorder of a worker, and a pytest plugin. It keeps records in memory and sends each with
+    the next test report to the controller, which writes it."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -129,7 +130,7 @@ class Worker(Recorder):
     def why_not_benchmarked(
         self, benchmark: pytest_benchmark.Benchmark, params: RunParams
     ) -> str | None:
-        # pytest-benchmark disables itself in every worker: turn it on for those that can time.
+        # pytest-benchmark disables itself in every worker. Turn it on in workers that can time.
         why = self.why_not_timed(params)
         benchmark.set_disabled(why is not None)
         return why
@@ -157,7 +158,7 @@ class Worker(Recorder):
     @pytest.hookimpl(tryfirst=True)
     @guarded("sending results")
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Attach queued records to a report that is sent; some reports of rerun attempts are
+        """Attach queued records to a report that will be sent; some reports of rerun attempts are
         not."""
         point = self.points_of.get(report.nodeid)
         is_over = report.when == "teardown"
@@ -194,8 +195,8 @@ class Worker(Recorder):
     @guarded("looking at the device")
     def pytest_runtest_protocol(self) -> None:
         if self._is_lost:
-            # Every further call on the device would fail. The controller knows, and starts a new
-            # worker that runs this test.
+            # Every further call on the device would fail. The controller has been told, and starts
+            # a new worker that runs this test.
             os._exit(1)
 
     @pytest.hookimpl(wrapper=True, trylast=True)
@@ -219,7 +220,7 @@ class Worker(Recorder):
             found = {
                 "collected": [*self.session.collected],
                 "deselected": [*self.session.deselected],
-                # Problems since the last report that was sent.
+                # Problems that arose since the last report was sent.
                 "problems": self.reported,
             }
             self.config.workeroutput[KEY] = json.dumps(found)  # type: ignore[attr-defined]

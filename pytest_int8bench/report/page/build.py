@@ -30,7 +30,8 @@ TITLE = "INT8 inference benchmarks"
 
 
 def build(sources: Sequence[Source]) -> View:
-    """Return the view of files, oldest first. Of a point in several files, the last one counts."""
+    """Return the view of files, given oldest first. If a point is in several files, the last one
+    counts."""
     sources, renames = with_new_names(sources)
     results = current(sources, lambda saved: saved.results)
     verdicts = current(sources, lambda saved: saved.accuracy)

@@ -1,4 +1,4 @@
-"""Charts as data. Each also returns its figures as a table."""
+"""Charts as data. Each can also return its figures as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Point:
     """Run name."""
     x: float
     x_shown: str
-    """``x`` as readers see it: ``128``, ``reduce-overhead`` or a commit."""
+    """``x`` as shown to readers: ``128``, ``reduce-overhead`` or a commit."""
     y: float | None
     """None for a point without a figure; ``note`` says why."""
     low: float | None = None
@@ -65,7 +65,7 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A change between two places of the x axis."""
+    """A change between two positions on the x axis."""
 
     x: float
     letter: str
@@ -81,7 +81,8 @@ class Lines(Chart):
     names: tuple[str, ...] = ()
     """Names of the positions 0, 1, 2 … of the x axis; empty for a numeric axis."""
     joined: bool = True
-    """Whether lines join the points of a series; only where the order of x means something."""
+    """Whether a line joins the points of a series, which makes sense only if the order of x
+    does."""
     from_zero: bool = True
     """Whether the y axis starts at 0."""
     reference: float | None = None
@@ -120,7 +121,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Bars(Chart):
-    """Rows of one figure each, from 0."""
+    """Horizontal bars that start at 0, one figure per row."""
 
     bars: tuple[Bar, ...]
     reference: float | None = None
@@ -156,7 +157,7 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class Stacks(Chart):
-    """Rows of parts that add up to a whole."""
+    """Stacked bars: rows of parts that add up to a whole."""
 
     parts: tuple[str, ...]
     stacks: tuple[Stack, ...]
@@ -174,7 +175,7 @@ class Stacks(Chart):
 
 @dataclass(frozen=True, kw_only=True)
 class Spot:
-    """A configuration between accuracy and speed."""
+    """A configuration with its accuracy and speed."""
 
     name: str
     style: int
@@ -226,7 +227,8 @@ def _bound(value: float | None) -> str:
 
 
 def distinct(series: Sequence[Series]) -> tuple[Series, ...]:
-    """Return the series with distinct styles, keeping the style of each mode if that suffices."""
+    """Return the series with distinct styles, keeping the style of each mode if these already
+    differ."""
     if len({one.style for one in series}) == len(series):
         return tuple(series)
     return tuple(

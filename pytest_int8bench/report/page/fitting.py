@@ -1,5 +1,5 @@
-"""Keep a page readable, however many points it has: limit charts and tables to a size that readers
-can take in, and say what is left out. The saved files have everything."""
+"""Keep a page readable, however many points it has: limit the size of charts and tables, and note
+what is left out. The saved files have everything."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pytest_int8bench.report.page.model import Section, Titled, View
 from pytest_int8bench.report.tables import Grid
 from pytest_int8bench.words import plural
 
-#: Rows of one chart, and charts of one section.
+#: Maximum number of rows per chart, and of charts per section.
 MOST_BARS = 40
 MOST_CHARTS = 24
-#: Cells of one table, unless fewer than ``LEAST_ROWS`` rows would be left.
+#: Maximum number of cells per table, unless that would leave fewer than ``LEAST_ROWS`` rows.
 MOST_CELLS = 20_000
 LEAST_ROWS = 50
 MOST_NOTES = 200
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 def fitted(view: View) -> View:
-    """Return the view cut to the limits; notes of its sections say how much was left out."""
+    """Return the view cut to the limits, with notes in its sections on how much was left out."""
     return dataclasses.replace(view, sections=tuple(map(_fitted_section, view.sections)))
 
 
@@ -53,7 +53,8 @@ def _fitted_section(section: Section) -> Section:
 
 
 def _fitted_grid(grid: Grid) -> tuple[Grid, int]:
-    """Return a table that fits, and how many rows it lacks. Highlighted rows are kept first."""
+    """Return a table that fits, and the number of rows left out. Highlighted rows take
+    precedence."""
     most = max(MOST_CELLS // len(grid.columns), LEAST_ROWS)
     if len(grid.rows) <= most:
         return grid, 0
@@ -68,8 +69,9 @@ def _fitted_grid(grid: Grid) -> tuple[Grid, int]:
 
 
 def _fitted_chart(chart: AnyChart) -> AnyChart:
-    """Return a chart with its lowest and highest rows only; a Pareto chart keeps its Pareto-optimal
-    points first. Line charts are returned unchanged, as they were split when they were built."""
+    """Return a chart with only its lowest and highest rows; in a Pareto chart, Pareto-optimal
+    points take precedence. Line charts are returned unchanged, as they were split when they were
+    built."""
     if isinstance(chart, Bars):
         bars = _ends(chart.bars, _length)
         return dataclasses.replace(chart, bars=bars, title=_title(chart, bars, chart.bars))
@@ -104,7 +106,7 @@ def _best(spots: tuple[Spot, ...]) -> tuple[Spot, ...]:
 
 
 def _length(bar: Bar) -> float:
-    return math.inf if bar.value is None else bar.value  # out of memory: above all others
+    return math.inf if bar.value is None else bar.value  # out of memory: longer than all others
 
 
 def _total(stack: Stack) -> float:

@@ -37,7 +37,7 @@ class Scope:
 
 
 def scopes_of(results: Results) -> list[Scope]:
-    """Return the points by workload and device."""
+    """Group the points by workload and device."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for found in results:
         groups.setdefault((found.record.workload, found.device), []).append(found.record)
@@ -53,7 +53,7 @@ def scopes_of(results: Results) -> list[Scope]:
 
 
 def _names(results: Sequence[Result], params: Sequence[Params]) -> list[str]:
-    """Return a name for each point, with the test's name if nothing else distinguishes points."""
+    """Return a name for each point, with the test's name only if nothing else distinguishes it."""
     differing = labels.differing(params)
     names = [labels.label(point, differing) for point in params]
     twice = {name for name, count in Counter(names).items() if count > 1}
@@ -64,14 +64,16 @@ def _names(results: Sequence[Result], params: Sequence[Params]) -> list[str]:
 
 
 def note(result: Result) -> str:
-    """Return a one-word remark on the point's figure: its status if not ok, or ``throttled``."""
+    """Return a one-word remark on the point's figure: its status if not ``ok``, else ``throttled``
+    or nothing."""
     if result.status != "ok":
         return status_text(result)
     return "throttled" if result.throttled else ""
 
 
 def with_sources(grid: Grid, shown: Sequence[Found[Any]], many: bool) -> Grid:
-    """Return the table, with a column that names the file of each row if there are ``many``."""
+    """Return the table; if ``many`` files were given, add a column that names the file of each
+    row."""
     if not many:
         return grid
     rows = [[*row, f.source.label] for row, f in zip(grid.rows, shown, strict=True)]

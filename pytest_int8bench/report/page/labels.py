@@ -1,4 +1,4 @@
-"""Label points with short names instead of whole run names, and choose their styles and order."""
+"""Label points with short names instead of full run names, and choose their styles and order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pytest_int8bench.params import MEASURING_FIELDS
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.records import Result
 
-#: Parameters that say how a model is quantized, but not which kernels it runs.
+#: Parameters that determine how a model is quantized, but not which kernels it runs.
 MODE_FIELDS = ("int8_enabled", "int8_mode", "int8_smoothquant", "bf16")
 #: Short names of numeric axes.
 _SPOKEN = {
@@ -24,9 +24,9 @@ _MODES = ("BF16", *_QUANTIZED, *(f"{name}, SmoothQuant" for name in _QUANTIZED))
 
 
 def identifying_params(record: Record) -> dict[str, Any]:
-    """Return the parameters that identify a point, its workload's own as ``extra.NAME``.
+    """Return the parameters that identify a point; those of its workload are named ``extra.NAME``.
 
-    Baselines have no INT8 kernels to choose, so their ``int8_*`` parameters are left out.
+    Baselines run no INT8 kernels, so their ``int8_*`` parameters are left out.
     """
     values = {name: v for name, v in record.params.items() if name not in MEASURING_FIELDS}
     extra = values.pop("extra", None)
@@ -48,7 +48,7 @@ def mode(params: Mapping[str, Any]) -> str:
 
 
 def style(params: Mapping[str, Any]) -> int:
-    """Return the index of the color and marker of a point's mode, 0 for a baseline."""
+    """Return the index of the color and marker for a point's mode; 0 for a baseline."""
     if not params.get("int8_enabled"):
         return 0
     name = mode(params).removesuffix(" (FP32)")
@@ -64,8 +64,8 @@ def order(params: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def differing(points: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the names of the parameters in which ``points`` differ, except those of the mode.
-    ``int8_*`` parameters are compared among quantized points only."""
+    """Return the names of the parameters in which ``points`` differ, except :data:`MODE_FIELDS`.
+    ``int8_*`` parameters are compared only among quantized points."""
     points = list(points)
     found = []
     for name in dict.fromkeys(name for point in points for name in point):
@@ -76,7 +76,8 @@ def differing(points: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def label(params: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Return the mode and the values of those parameters in ``names`` that the point has."""
+    """Return a label: the point's mode, and the values of those parameters in ``names`` that it
+    has."""
     return ", ".join([mode(params), *(setting(n, params[n]) for n in names if n in params)])
 
 
@@ -88,7 +89,7 @@ def setting(name: str, value: object) -> str:
 
 
 def axis(name: str) -> str:
-    """Return the name of an axis."""
+    """Return the human-readable name of an axis."""
     return _SPOKEN.get(name, name.removeprefix("extra."))
 
 
@@ -113,7 +114,7 @@ def is_measured(result: Result) -> bool:
 
 
 def sortable_values(values: Iterable[Any]) -> list[Any]:
-    """Return the distinct values in order, numbers first and by size."""
+    """Return the distinct values, sorted: numbers first, then all others as text."""
     return sorted({_typed(v): v for v in values}.values(), key=_sortable)
 
 

@@ -16,8 +16,8 @@ _ELSEWHERE = "the worst are shown first; int8bench show prints every row of a sa
 
 
 def render(view: View, limit_bytes: int = MARKDOWN_BYTES) -> str:
-    """Return the report as Markdown for GitHub, with all rows and remarks or as many of each
-    section as fit into ``limit_bytes``."""
+    """Return the report as Markdown for GitHub, with all rows and remarks or, in each section, as
+    many as fit into ``limit_bytes``."""
     text = _text(view)
     if len(text.encode()) <= limit_bytes:
         return text
@@ -29,7 +29,7 @@ def render(view: View, limit_bytes: int = MARKDOWN_BYTES) -> str:
 
 
 def _text(view: View, most: int | None = None) -> str:
-    """Return the report with at most ``most`` rows a table and remarks a section."""
+    """Return the report with at most ``most`` rows per table and ``most`` remarks per section."""
     parts = [f"# {escaped(view.title)}\n", f"{escaped(view.subtitle)}\n"]
     parts.append(_items(view.summary, most))
     parts.append("".join(f"- [{escaped(s.title)}](#{_anchor(s.title)})\n" for s in view.sections))

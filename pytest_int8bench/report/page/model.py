@@ -1,4 +1,4 @@
-"""The parts of a report, whatever its output format."""
+"""The parts of a report, independent of its output format."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Section:
     id: str
     title: str
     intro: tuple[str, ...] = ()
-    """Paragraphs that say how to read the section."""
+    """Paragraphs that explain how to read the section."""
     pictures: tuple[str, ...] = ()
-    """Paragraphs that say how to read its charts; only for formats that draw them."""
+    """Paragraphs that explain how to read its charts; shown only by formats that draw them."""
     charts: tuple[AnyChart, ...] = ()
     tables: tuple[Titled, ...] = ()
     notes: tuple[str, ...] = ()
-    """Remarks below charts and tables."""
+    """Remarks below the charts and tables."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The files that a report is built from, and which of their records it uses."""
+"""The files from which a report is built, and the choice of records that it uses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Source:
     """One saved file, or the session that is ending."""
 
     name: str
-    """The file's name, with its folders only if names alone are ambiguous."""
+    """The file's name, preceded by its folders if names alone are ambiguous."""
     label: str
     """A short unique label: the commit, or the file's name."""
     saved: Saved
@@ -30,7 +30,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Found(Generic[_RecordT]):
-    """A record and the file that it comes from."""
+    """A record and the file it comes from."""
 
     source: Source
     record: _RecordT
@@ -42,8 +42,8 @@ class Found(Generic[_RecordT]):
 
 
 def sources(named: Sequence[tuple[str, Saved]]) -> tuple[Source, ...]:
-    """Return sources for files, each named by its path or otherwise. Texts must be clean, as they
-    are after reading a file or after :meth:`~.Saved.cleaned`."""
+    """Return a source for each pair of name (such as a path) and content. All strings must be
+    clean, as they are after reading a file or after :meth:`~.Saved.cleaned`."""
     names = [one_line(Path(name).name or name) for name, _ in named]
     if len(set(names)) < len(names):
         names = [one_line(name) for name, _ in named]
@@ -60,8 +60,8 @@ def sources(named: Sequence[tuple[str, Saved]]) -> tuple[Source, ...]:
 
 
 def with_new_names(given: Sequence[Source]) -> tuple[list[Source], list[str]]:
-    """Return the sources with renamed points of older files under their new names, and lines that
-    list the renames."""
+    """Return the sources with renamed points of older files under their new names, and one line per
+    renaming."""
     runs, renames = renamed([Run(Path(source.name), source.saved) for source in given])
     return [replace(s, saved=r.saved) for s, r in zip(given, runs, strict=True)], renames.lines
 
@@ -69,8 +69,8 @@ def with_new_names(given: Sequence[Source]) -> tuple[list[Source], list[str]]:
 def current(
     given: Iterable[Source], records: Callable[[Saved], Sequence[_RecordT]]
 ) -> list[Found[_RecordT]]:
-    """Return each record from the last file that has it. Records of different devices are kept
-    apart."""
+    """Return each record from the last file that has it. Records from different devices are
+    different records."""
     latest: dict[tuple[Any, ...], Found[_RecordT]] = {}
     for source in given:
         for record in records(source.saved):
@@ -82,7 +82,7 @@ def current(
 
 
 def device(environment: dict[str, Any]) -> str:
-    """Return the name of the GPU or, without one, of the CPU."""
+    """Return the name of the GPU or, if there is none, of the CPU."""
     gpu = environment.get("gpu") or {}
     return str(gpu.get("name") or environment.get("cpu") or "unknown device")
 

@@ -30,7 +30,7 @@ def _style(page: str, series: str) -> dict[str, str]:
 
 
 #: The light and the dark style: CSS variable -> color. Series use ``s0`` to ``s7``, which are close
-#: to Okabe and Ito's palette; ``s0`` is the baseline's.
+#: to the Okabe-Ito palette; ``s0`` is the baseline.
 LIGHT = _style(
     "#ffffff #1b2129 #5a6572 #dfe3e8 #f5f7f9 #0b5cad #0b6b3a #b3261e #8a5a00",
     "#5b6470 #0072b2 #c65102 #00795a #a8418f #8a6a00 #2b8fc7 #6b4fbb",
@@ -39,7 +39,7 @@ DARK = _style(
     "#14181d #e7ebef #a3adb8 #333b45 #1c2229 #7db8f2 #5fd39a #ff8a80 #f0c35a",
     "#aeb7c2 #56b4e9 #ff9a4d #35c79b #e58fce #e3c34a #9fd3f5 #b4a2f2",
 )
-#: Charts are drawn in the light style. Its colors are distinct, so each identifies its variable.
+#: Charts are drawn in the light style. Its colors are distinct, so each identifies a variable.
 _VARIABLES = {color: f"var(--{name})" for name, color in LIGHT.items()}
 #: Color, marker and line style of each ``Series.style``; no two series differ in color alone.
 _SERIES: list[dict[str, Any]] = list(
@@ -72,14 +72,14 @@ _RC: dict[str, Any] = {
     "ytick.labelcolor": LIGHT["ink"],
 }
 _WIDTH_IN = 5.6
-#: An axis is logarithmic from this ratio of its largest to its smallest value.
+#: An axis is logarithmic if the ratio of its largest to its smallest value is at least this.
 _LOG_X, _LOG_Y = 8, 20
 _MOST_TICKS = 12
 _ROW_COLUMNS = 60
 _LEGEND_COLUMNS = 58
 #: Smallest relative span of a y axis that does not start at 0, so that noise does not fill it.
 _LEAST_SPAN = 0.1
-#: Parts of a stack narrower than this many percent have no room for their number.
+#: Parts of a stack that are narrower than this many percent have no room for a number.
 _LEAST_NUMBERED = 3
 
 
@@ -116,7 +116,7 @@ def _settings(salt: str) -> Iterator[None]:
 
 
 def _element(text: str, chart: AnyChart) -> str:
-    """Return Matplotlib's SVG file as an element with a title, and CSS variables as colors."""
+    """Convert Matplotlib's SVG file to an element with a title, and its colors to CSS variables."""
     text = text[text.index("<svg ") :]
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused, and repeated in every figure
     text = re.sub(r"#[0-9a-f]{6}(?=[;\"])", lambda m: _VARIABLES.get(m[0], m[0]), text)
@@ -150,7 +150,7 @@ def _lines(axes: Axes, chart: Lines) -> None:
             markersize=8,
             markeredgewidth=2,
             clip_on=False,
-            transform=axes.get_xaxis_transform(),  # on the x axis, wherever y starts
+            transform=axes.get_xaxis_transform(),  # on the x axis, regardless of where y starts
             label=f"no value: {reasons}",
             zorder=5,
         )
@@ -291,7 +291,7 @@ def _stacks(axes: Axes, chart: Stacks) -> None:
 
 
 def _row_text(axes: Axes, row: int, name: str, shown: str) -> None:
-    """Write a row's name and figure above its bar, as names are too long to fit beside it."""
+    """Write a row's name and figure above its bar; beside it, long names would not fit."""
     place: dict[str, Any] = {
         "xycoords": axes.get_yaxis_transform(),
         "textcoords": "offset points",
@@ -360,7 +360,7 @@ def _spot(axes: Axes, spot: Spot, key: str) -> None:
     axes.annotate(key, (spot.drop, spot.rate), **offset)
 
 
-# -- what charts share ------------------------------------------------------------------------
+# -- shared by all charts ---------------------------------------------------------------------
 
 
 def _ticks(axis: Any) -> None:

@@ -132,7 +132,7 @@ def _spots(scope: Scope, group: Sequence[Accuracy]) -> list[Spot]:
 
 
 def _unbeaten(spots: Sequence[Spot]) -> set[tuple[float, float]]:
-    """Return drop and rate of the Pareto-optimal spots."""
+    """Return the drop and rate of each Pareto-optimal spot."""
     best: set[tuple[float, float]] = set()
     highest = -math.inf
     for drop, rate in sorted(
@@ -149,5 +149,5 @@ def _percent(share: float | None) -> float | None:
 
 
 def _without_int8(params: Params) -> str:
-    """Return a key of all parameters except ``int8_*``."""
+    """Return a key that is the same for points that differ only in ``int8_*`` parameters."""
     return str(sorted((n, v) for n, v in params.items() if not n.startswith("int8_")))

@@ -1,4 +1,4 @@
-"""The section of plain benchmarks, which use pytest-benchmark's own fixture."""
+"""The section on plain benchmarks, which use pytest-benchmark's own fixture."""
 
 from __future__ import annotations
 

@@ -20,16 +20,16 @@ from pytest_int8bench.results.verdicts import Accuracy
 
 _TimedT = TypeVar("_TimedT", bound=Timed)
 _Key = tuple[str, str, str, str]  # device, workload, test, run name
-#: Files that a chart has room for.
+#: Number of files for which a chart has room.
 MOST_FILES = 200
 
 
 def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section | None:
-    """Return the history of points that several files have, or None for a single file.
+    """Return the history of points that are in several files, or None for a single file.
 
     Args:
         sources: the files, oldest first.
-        renames: lines that list points of older files that have since been renamed.
+        renames: one line for each point of an older file that has since been renamed.
     """
     if len(sources) < 2:
         return None
@@ -62,7 +62,7 @@ def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section |
 
 
 def changes(sources: Sequence[Source]) -> tuple[Mark, ...]:
-    """Return a mark wherever the fingerprint differs from the previous file's."""
+    """Return a mark for each file whose fingerprint differs from the previous file's."""
     found: list[Mark] = []
     for place in range(1, len(sources)):
         before, after = (s.saved.environment for s in sources[place - 1 : place + 1])
@@ -80,7 +80,7 @@ def _letter(index: int) -> str:
 def _by_key(
     sources: Sequence[Source], records: Callable[[Source], Sequence[_TimedT]]
 ) -> dict[_Key, dict[int, _TimedT]]:
-    """Return the results of each point by the position of their file."""
+    """Return the results of each point, keyed by the index of their file in ``sources``."""
     found: dict[_Key, dict[int, _TimedT]] = {}
     for place, source in enumerate(sources):
         for result in records(source):
@@ -96,7 +96,7 @@ def _key(source: Source, record: Record) -> _Key:
 def _charts(
     sources: Sequence[Source], results: dict[_Key, dict[int, Result]], marks: tuple[Mark, ...]
 ) -> list[Lines]:
-    """Return a chart of throughput and one of speedup for each point, with a line per mode."""
+    """Return a throughput chart and a speedup chart for each point, with a line per mode."""
     groups: dict[tuple[object, ...], dict[_Key, dict[int, Result]]] = {}
     for key, found in results.items():
         if sum(labels.is_measured(result) for result in found.values()) < 2:
@@ -104,7 +104,7 @@ def _charts(
         params = labels.identifying_params(next(iter(found.values())))
         rest = {n: v for n, v in params.items() if not n.startswith("int8_") and n != "bf16"}
         groups.setdefault((*key[:3], *sorted(rest.items())), {})[key] = found
-    points: dict[str, list[dict[str, Any]]] = {}  # by workload, as each has its own axes
+    points: dict[str, list[dict[str, Any]]] = {}  # by workload: each has its own axes
     for key, found in ((k, f) for group in groups.values() for k, f in group.items()):
         points.setdefault(key[1], []).append(labels.identifying_params(next(iter(found.values()))))
     names_of = {workload: labels.differing(each) for workload, each in points.items()}
@@ -252,7 +252,7 @@ def _tables(sources: Sequence[Source], results: Mapping[_Key, Mapping[int, Timed
 
 
 def _names(keys: Iterable[_Key]) -> dict[_Key, str]:
-    """Return a name for each point, with test and device only where they distinguish points."""
+    """Return a name for each point, with the test or device only if it distinguishes points."""
     keys = list(keys)
     tests: dict[tuple[str, str], set[str]] = {}
     devices: dict[tuple[str, str], set[str]] = {}
@@ -287,7 +287,7 @@ def _verdict_cell(verdict: Accuracy) -> str:
 def _table(
     caption: str, sources: Sequence[Source], rows: dict[str, dict[int, str]]
 ) -> list[Titled]:
-    """Return a table with a column for each file, or none if no row has two values."""
+    """Return a table with a column for each file, or nothing if no row has two values."""
     kept = {
         name: cells
         for name, cells in rows.items()

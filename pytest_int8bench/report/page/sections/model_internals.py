@@ -16,7 +16,7 @@ from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import Sensitivity
 from pytest_int8bench.words import some
 
-#: Layers in the chart of a sensitivity scan; the table has all of them.
+#: Maximum number of layers in the chart of a sensitivity scan; the table has all of them.
 _MOST_LAYERS = 30
 _PARTS = {
     "int8_products": "INT8 matmuls",
@@ -77,7 +77,8 @@ def _shares(stack: Stack) -> str:
 
 
 def coverage(results: Results) -> Section | None:
-    """Return the section of coverage; points with the same coverage share a row."""
+    """Return the section of coverage, or None without any; points with the same coverage share a
+    row."""
     groups: dict[str, tuple[dict[str, Any], list[Result]]] = {}
     for found in results:
         if covered := found.record.coverage:

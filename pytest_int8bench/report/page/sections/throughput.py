@@ -23,9 +23,9 @@ from pytest_int8bench.report.terminal import results_table
 from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.records import Result
 
-#: Readers cannot tell more lines than these apart in one chart.
+#: Maximum number of lines in one chart, so that readers can tell them apart.
 _MOST_SERIES = 6
-#: Series in a chart by mode, where each has one point.
+#: Maximum number of series in a chart by mode, where each series has one point.
 _MOST_MODES = 24
 
 
@@ -35,7 +35,7 @@ def throughput(scopes: Sequence[Scope], results: Results, many: bool) -> Section
     Args:
         scopes: the points by workload and device.
         results: the same points, in the order of the table.
-        many: whether there are several files, so that the table must name each point's file.
+        many: whether there are several files, in which case the table names the file of each point.
     """
     shown = [found for found in results if labels.is_measured(found.record) or found.record.oom]
     if not shown:
@@ -65,19 +65,20 @@ def throughput(scopes: Sequence[Scope], results: Results, many: bool) -> Section
 
 
 def _other_remarks(result: Result) -> list[str]:
-    elsewhere = upper_bound_remarks(result)  # the section of speedups has these
+    elsewhere = upper_bound_remarks(result)  # the speedup section shows these
     lines = [line for line in remarks(result) if line not in elsewhere]
     return [*(status_remarks(result) if result.status == "ok" else []), *lines]
 
 
 def _axes(scope: Scope) -> list[Lines]:
-    """Return charts of throughput against each swept axis, or by mode if nothing was swept."""
+    """Return charts of throughput against each swept axis, or against the mode if nothing was
+    swept."""
     rows = scope.pick(lambda r: labels.is_measured(r) or r.status in ("oom", "failed"))
     if not any(labels.is_measured(result) for result, _, _ in rows):
         return []
     axes = labels.differing([params for _, params, _ in rows])
     by_axis = [_axis(scope, axis, rows) for axis in axes]
-    if sum(map(len, by_axis)) > MOST_CHARTS:  # not all are drawn, so draw some of each axis
+    if sum(map(len, by_axis)) > MOST_CHARTS:  # only some will be drawn: mix the axes
         by_axis = [[c for c in charts if c] for charts in itertools.zip_longest(*by_axis)]
     return [chart for charts in by_axis for chart in charts] or _by_mode(scope, rows)
 
@@ -184,7 +185,7 @@ def _by_mode(scope: Scope, rows: Sequence[tuple[Result, Params, str]]) -> list[L
 
 
 def _ends(series: Sequence[Series], axis: str) -> str:
-    """Describe the first and last value of each line in words."""
+    """Describe in words the first and the last value of each line."""
     parts = []
     for one in series:
         known = [point for point in one.points if point.y is not None]
