@@ -69,7 +69,8 @@ def write(values: Mapping[str, Any], defaults: Mapping[str, Any], *, is_short: b
 
 
 def read(name: str) -> tuple[dict[str, str], bool]:
-    """Return a run name's fields as text (axes as ``extra.NAME``), and whether it is short.
+    """Return a run name's fields as text (axes as ``extra.NAME``), and whether it is in
+    the short form for workloads other than OlmoEarth.
 
     Raises:
         ValueError: if ``name`` is not a run name.

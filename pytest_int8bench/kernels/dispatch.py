@@ -82,7 +82,7 @@ def accepting(
     Args:
         name: the first kernel to consider; it must run on the device.
         device: where the operands are.
-        problem: the sizes.
+        problem: the sizes of the matmul.
         stride: row stride of the residual in elements, 0 without a residual.
         residual: added last, or None.
         dtype: of the output.
@@ -110,7 +110,7 @@ def kernel_and_tile(
     Args:
         kernels: kernels that accept the operands.
         device: where the operands are.
-        problem: the sizes.
+        problem: the sizes of the matmul.
         time: runs the matmul and returns seconds, infinite if the tiles do not fit; None if
             nothing can be timed now, for example during CUDA graph capture.
     """
@@ -136,11 +136,11 @@ def matmul_launch(
     Args:
         kernels: kernels that accept the operands, from :func:`accepting`.
         device: where the operands are.
-        problem: the sizes.
+        problem: the sizes of the matmul.
         has_bias: whether there is a bias.
         has_gamma: whether there is a factor for each column.
         stride: row stride of the residual in elements, 0 without a residual.
-        operands: returns operands to time tiles with; None if nothing can be timed now.
+        operands: function that returns operands for timing tiles; None if nothing can be timed now.
     """
     call = problem, has_bias, has_gamma, stride
 
@@ -243,7 +243,7 @@ def heads_launch(
 
     Args:
         operator: ``quantize_heads`` or ``rotate_heads``.
-        heads: the sizes.
+        heads: number and sizes of the heads.
         rotation: one of ``schema.ROTATIONS``.
         terms: number of positions that an angle is computed from, if it is.
         strides: of the tensors.
@@ -261,7 +261,7 @@ def attention_launch(
     """Return the launch of INT8 attention.
 
     Args:
-        heads: the sizes.
+        heads: number and sizes of the heads.
         scale: multiplies the scores; includes log2(e), because the kernel uses exp2.
         v: the values.
         is_aligned: whether the addresses of keys and values are multiples of ``ALIGNMENT``.
@@ -286,7 +286,7 @@ def short_launch(
     """Return the launch of attention for short sequences.
 
     Args:
-        heads: the sizes.
+        heads: number and sizes of the heads.
         scale: multiplies the scores; includes log2(e), because the kernel uses exp2.
         causal: whether query i attends only to keys 0 to i.
         strides: of queries, keys and values.

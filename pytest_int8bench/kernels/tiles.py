@@ -122,7 +122,7 @@ def pointer_tiles(
 
     Args:
         name: the kernel's name in the file of tuned tiles.
-        problem: the sizes.
+        problem: the sizes of the matmul.
         device: where the kernel runs.
         time: runs the kernel with the given tiles and returns seconds, or infinity if they do not
             fit; None if nothing can be timed now, such as while a CUDA graph is recorded.

@@ -157,7 +157,7 @@ def repeats(first: list[torch.Tensor], again: list[torch.Tensor]) -> str | None:
         return None
     return (
         "two calls with the same inputs gave different outputs: the model draws random numbers or "
-        "keeps a state, and baseline and candidate do not compute the same"
+        "keeps state, so baseline and candidate cannot be compared"
     )
 
 

@@ -115,7 +115,7 @@ def weight_problem(layer: nn.Linear) -> str | None:
     if weight.dtype not in DTYPES:
         return f"dtype: {str(weight.dtype).removeprefix('torch.')}"
     if weight.numel() == 0:
-        return f"shape: {layer.in_features}x{layer.out_features} has no weights"
+        return f"shape: a {layer.in_features}x{layer.out_features} layer has no weights"
     return None
 
 

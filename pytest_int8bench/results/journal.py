@@ -29,8 +29,8 @@ DEFAULT_FOLDER = Path(".benchmarks") / "int8bench"
 
 
 class Journal:
-    """Appends each record to a file immediately, so that a crash cannot lose finished records. Of
-    the records with one identity, readers keep only the last.
+    """Appends each record to a file immediately, so that a crash cannot lose finished records. If
+    several records have the same identity, readers keep only the last.
     """
 
     def __init__(self, path: Path | None, environment: Mapping[str, Any]) -> None:

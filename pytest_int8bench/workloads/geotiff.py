@@ -111,9 +111,9 @@ def find_images(folder: Path) -> Images:
     """Find the images ``CLASS/*.tif`` in a folder and read the first one to check it.
 
     Raises:
-        WorkloadError: one line, if there is no such folder, it has fewer than two classes, a class
-            has fewer than :data:`LEAST_IMAGES` images, the first image cannot be read or does not
-            have 13 bands, or rasterio is missing.
+        WorkloadError: if the folder does not exist or has fewer than two classes, a class has fewer
+            than :data:`LEAST_IMAGES` images, the first image cannot be read or does not have 13
+            bands, or rasterio is missing.
     """
     if not folder.is_dir():
         raise WorkloadError(f"the folder of labelled images {folder} does not exist")

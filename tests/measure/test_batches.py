@@ -359,5 +359,5 @@ def test_reports_outputs_that_do_not_repeat(model: type[nn.Module]) -> None:
     ready = ModelPool().get(workload("neg", build=lambda p: model()), BF16).ready()
     assert ready.remark == (
         "two calls with the same inputs gave different outputs: the model draws random numbers or "
-        "keeps a state, and baseline and candidate do not compute the same"
+        "keeps state, so baseline and candidate cannot be compared"
     )

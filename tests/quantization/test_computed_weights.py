@@ -94,7 +94,7 @@ def test_excludes_only_computed_weights(
     [
         (lambda: nn.Linear(WIDTH, WIDTH, dtype=torch.complex64), "dtype: complex64"),
         (lambda: nn.Linear(WIDTH, WIDTH, dtype=torch.float64), "dtype: float64"),
-        (lambda: nn.Linear(0, WIDTH), "shape: 0x64 has no weights"),
+        (lambda: nn.Linear(0, WIDTH), "shape: a 0x64 layer has no weights"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

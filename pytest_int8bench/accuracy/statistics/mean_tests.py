@@ -148,12 +148,13 @@ def pseudo_values(
     value: Callable[[NDArray[Any]], float],
     codes: NDArray[np.int64] | None = None,
 ) -> Floats:
-    """Return each image's pseudo-value: n T - (n - 1) T without the image (Tukey 1958).
+    """Return each image's jackknife pseudo-value, n T - (n - 1) T_i, where T_i is the metric of
+    all rows but the image's (Tukey 1958).
 
     Args:
         rows: one row per image.
         total: the metric T of all rows.
-        value: computes the metric of rows.
+        value: function that computes the metric of rows.
         codes: group number of each image, to leave out one group at a time instead of one image.
     """
     if codes is not None:

@@ -87,8 +87,8 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise AbError(
-            f"another int8bench ab is running in {folder}; wait for it to end, as two would "
-            "disturb each other"
+            f"another int8bench ab is running in {folder}; wait for it to finish: two at once "
+            "would disturb each other's timings"
         ) from None
     try:
         yield

@@ -344,7 +344,7 @@ def launch_quantize(heads: Heads, rotation: str, terms: int, strides: Sequence[S
     """Return the launch that quantizes queries and keys.
 
     Args:
-        heads: the sizes.
+        heads: number and sizes of the heads.
         rotation: one of ``schema.ROTATIONS``.
         terms: number of positions that an angle is computed from, if it is.
         strides: of queries and keys, then of the first tensors that describe their rotations, then
@@ -374,9 +374,9 @@ def launch(heads: Heads, scale: float, v: Strides, tile: Attention, tma: bool) -
     """Return the launch that computes attention.
 
     Args:
-        heads: the sizes.
+        heads: number and sizes of the heads.
         scale: multiplies the scores; includes log2(e).
-        v: strides of the values.
+        v: strides of the value tensor.
         tile: how programs divide the queries.
         tma: whether to load keys and values through TMA.
     """

@@ -290,7 +290,7 @@ def launch(
     """Return the launch of the kernel.
 
     Args:
-        problem: the sizes.
+        problem: the sizes of the matmul.
         has_bias: whether there is a bias.
         has_gamma: whether there is a factor for each column.
         stride: row stride of the residual in elements, 0 without a residual.

@@ -239,7 +239,7 @@ def launch(heads: Heads, rotation: str, terms: int, strides: Sequence[Sequence[i
     """Return the launch that rotates queries, and keys if there are any.
 
     Args:
-        heads: the sizes.
+        heads: number and sizes of the heads.
         rotation: one of ``schema.ROTATIONS``.
         terms: number of positions that an angle is computed from; 0 if angles are given.
         strides: batch, head and row strides of each of queries, keys, the two tensors that describe

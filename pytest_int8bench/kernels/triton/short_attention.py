@@ -116,7 +116,7 @@ def launch(
     """Return the launch of the kernel.
 
     Args:
-        heads: the sizes.
+        heads: number and sizes of the heads.
         scale: multiplies the scores; includes log2(e).
         causal: whether query i attends only to keys 0 to i.
         strides: batch, head and row strides of queries, keys and values, in elements.

@@ -20,7 +20,8 @@ def families(ids: Sequence[str]) -> list[list[int]]:
     """Group the tests that must run on the same worker: those of a baseline and its candidates.
 
     The tests are sorted by model, baselines first. Points of two workloads may have the same names,
-    so a baseline or an earlier candidate that follows a candidate starts the next workload.
+    so the next workload starts where this order is broken: where a candidate is followed by a
+    baseline, or by a candidate that comes before it.
 
     Args:
         ids: node ids in the order of the tests.

@@ -79,5 +79,5 @@ def _tone(cell: str) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """Return a run name that browsers may break after underscores."""
+    """Return a run name as HTML that browsers may break after underscores."""
     return Markup("_<wbr>").join(escape(part) for part in name.split("_"))

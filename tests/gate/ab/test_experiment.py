@@ -1118,8 +1118,8 @@ def test_rejects_a_second_gate_in_one_folder(
     with FileLock(folder / "lock"), pytest.raises(AbError) as caught:
         compare()
     assert str(caught.value) == (
-        f"another int8bench ab is running in {folder}; wait for it to end, as two would disturb "
-        "each other"
+        f"another int8bench ab is running in {folder}; wait for it to finish: two at once would "
+        "disturb each other's timings"
     )
     assert len(machine.said) == said
     assert compare().exit_code == 0
