@@ -495,8 +495,8 @@ def test_rejects_a_second_gate_in_the_same_folder(ab_here: Ab, root: Path) -> No
     folder.mkdir(parents=True)
     with FileLock(folder / "lock"):
         assert refusal(ab_here(root, "v1", "--", "bench")) == (
-            f"another int8bench ab is running in {folder}; wait for it to end, as two would "
-            "disturb each other"
+            f"another int8bench ab is running in {folder}; wait for it to finish: two at "
+            "once would disturb each other's timings"
         )
     assert count(root) == 0
 
