@@ -139,12 +139,13 @@ def describe_distance(verdict: Accuracy) -> str:
     }
     parts, floors = [], []
     for field, (name, show) in formats.items():
-        if found.get(field) is None:
-            if field == "sqnr_db":
-                parts.append("SQNR infinite (equal outputs)")
+        value, against = found.get(field), floor.get(field)
+        if value is not None:
+            parts.append(f"{name} {show(value)}")
+        elif field == "sqnr_db":
+            parts.append("SQNR infinite (equal outputs)")
+        else:
             continue
-        against = floor.get(field)
-        parts.append(f"{name} {show(found[field])}")
         floors.append("infinite" if against is None else show(against))
     floor_text = f" (without INT8: {', '.join(floors)})" if floors else ""
     return f"{', '.join(parts)}{floor_text}, {verdict.samples} samples"

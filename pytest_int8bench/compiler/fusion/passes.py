@@ -61,10 +61,10 @@ def fuse(module: fx.GraphModule, *, inline: bool = False, always: bool = False) 
             (:mod:`.rotation`) even in graphs without INT8 layers.
     """
     parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
-    if always or any(_has_linear(part.graph) for part in parts):
+    have_linear = [_has_linear(part.graph) for part in parts]
+    if always or any(have_linear):
         resize_by_matmuls(module)
-    for part in parts:
-        has_linear = _has_linear(part.graph)
+    for part, has_linear in zip(parts, have_linear, strict=True):
         if always or has_linear:
             fuse_rotations(part.graph)
         if has_linear:

@@ -5,7 +5,6 @@ two columns in BF16."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,13 +45,13 @@ def position_tables(angles: Node) -> tuple[Node, Node, Node] | None:
         return None
     positions, frequencies = (list(side) for side in zip(*factors, strict=True))
     graph, first = angles.graph, list(terms)
-    table, selected = _selected_in_order(positions, _OF_ROWS, lambda i: (Ellipsis, i))
+    table, selected = _selected_in_order(positions, _OF_ROWS, -1)
     if table is None:
         rows = concatenated(graph, positions, -1)
     else:
         first += selected
         rows = _view(graph, operator.getitem, table, (slice(None), None))
-    table, selected = _selected_in_order(frequencies, _OF_COLUMNS, lambda i: i)
+    table, selected = _selected_in_order(frequencies, _OF_COLUMNS, 0)
     if table is None:
         columns = concatenated(graph, frequencies, -2)
     else:
@@ -63,7 +62,7 @@ def position_tables(angles: Node) -> tuple[Node, Node, Node] | None:
 
 
 def _selected_in_order(
-    parts: list[Node], view: tuple[Any, ...], index: Callable[[int], Any]
+    parts: list[Node], view: tuple[Any, ...], dim: int
 ) -> tuple[Node | None, list[Node]]:
     """Return the three-dimensional tensor that ``parts`` were selected from and the operators that
     selected them, or None if the parts in their order are not the whole tensor. Reading the tensor
@@ -72,20 +71,19 @@ def _selected_in_order(
     Args:
         parts: views of the selected parts, which may have been cast.
         view: index of each view.
-        index: returns the index that selects the part of a given number.
+        dim: the dimension that they were selected along, 0 or -1.
     """
     selected: list[Node] = []
     for i, part in enumerate(parts):
         inner: Node = without_cast(part.args[0]) if is_call(part, (operator.getitem,)) else None
         if not is_call(inner, (operator.getitem,)):
             return None, []
-        if part.args[1] != view or inner.args[1] != index(i):
+        if part.args[1] != view or inner.args[1] != (i if dim == 0 else (Ellipsis, i)):
             return None, []
         selected.append(inner)
     table = selected[0].args[0]
     of = value_of(table)
-    count = of.shape[-1] if isinstance(index(0), tuple) else of.shape[0]
-    is_whole = of.dim() == 3 and count == len(parts) and of.itemsize <= 4
+    is_whole = of.dim() == 3 and of.shape[dim] == len(parts) and of.itemsize <= 4
     if not is_whole or any(one.args[0] is not table for one in selected):
         return None, []
     return table, selected

@@ -245,6 +245,9 @@ def test_output_comparisons_are_noted() -> None:
     [note] = section(view_of(Saved(GPU, [], [proxy])), "accuracy").notes
     assert note.startswith(f"proxy-ok: {W8A8.run_name}: its outputs are close")
     assert "cosine 0.99900, SQNR 40.0 dB (without INT8: 1.00000, infinite)" in note
+    equal = replace(proxy, distance={"cosine": 1.0, "sqnr_db": None}, floor={"sqnr_db": 50.0})
+    [note] = section(view_of(Saved(GPU, [], [equal])), "accuracy").notes
+    assert "SQNR infinite (equal outputs) (without INT8: infinite, 50.0 dB)" in note
 
 
 def test_memory_and_the_first_call() -> None:
